@@ -1,0 +1,10 @@
+# Completes build.json with what only the finished build knows: whether llama-server carries its chat page.
+file(STRINGS "${UI_HEADER}" has_assets REGEX "^#define LLAMA_UI_HAS_ASSETS 1")
+if(has_assets)
+  set(chat_page true)
+else()
+  set(chat_page false)
+endif()
+file(READ "${TEMPLATE}" json)
+string(REPLACE "%CHAT_PAGE%" "${chat_page}" json "${json}")
+file(WRITE "${OUTPUT}" "${json}")

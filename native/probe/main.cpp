@@ -1,0 +1,93 @@
+// pyllamarun-probe: what llama-server would allocate, without allocating it.
+//
+//   pyllamarun-probe                          reads one JSON array of llama-server arguments a line, answers one JSON
+//                                             object a line (measure.h), until its input ends
+//   pyllamarun-probe --devices                lists devices (machine.h)
+//   pyllamarun-probe --read-bandwidth [N]     measures RAM read bandwidth with 1 and N threads (machine.h)
+//   pyllamarun-probe --version
+//
+// A question that cannot be answered is answered {"error": what, "log": [llama.cpp's own words, …]}; the next one is
+// not affected by it.  Only answers go to stdout.
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <iostream>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "build-info.h"
+#include "captured_log.h"
+#include "common.h"
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "llama.h"
+#include "log.h"
+#include "machine.h"
+#include "measure.h"
+
+using json = nlohmann::ordered_json;
+
+namespace {
+
+void print(const json & answer) {
+    std::cout << answer.dump(-1, ' ', false, json::error_handler_t::replace) << std::endl;
+}
+
+json error(const std::string & what, const std::vector<std::string> & log) { return {{"error", what}, {"log", log}}; }
+
+json answer(const std::string & line, CapturedLog & log) {
+    log.clear();
+    try {
+        return measure_memory(json::parse(line).get<std::vector<std::string>>());
+    } catch (const std::exception & e) {
+        return error(e.what(), log.lines());
+    }
+}
+
+// llama.cpp aborts where it does not expect to be wrong; the last thing said must still be an answer.
+CapturedLog * log_at_abort = nullptr;
+
+void answer_abort(const char * message) {
+    print(error(std::string("llama.cpp aborted: ") + message, log_at_abort ? log_at_abort->lines() : std::vector<std::string>{}));
+}
+
+int serve_questions() {
+    CapturedLog log;
+    log_at_abort = &log;
+    ggml_set_abort_callback(answer_abort);
+    for (std::string line; std::getline(std::cin, line);) {
+        print(answer(line, log));
+    }
+    return EXIT_SUCCESS;
+}
+
+}  // namespace
+
+int main(int argc, char ** argv) {
+    const std::string command = argc > 1 ? argv[1] : "";
+    if (command == "--version") {
+        std::cout << "version: " << llama_build_number() << " (" << llama_commit() << ")" << std::endl;
+        return EXIT_SUCCESS;
+    }
+    if (command == "--read-bandwidth") {
+        const int threads = argc > 2 ? std::atoi(argv[2]) : int(std::thread::hardware_concurrency());
+        print(measure_read_bandwidth(threads));
+        return EXIT_SUCCESS;
+    }
+    common_init();
+    common_log_set_verbosity_thold(LOG_LEVEL_ERROR);
+    ggml_backend_load_all();
+    if (command == "--devices") {
+        print(list_devices());
+        return EXIT_SUCCESS;
+    }
+    if (!command.empty()) {
+        std::cerr << "usage: pyllamarun-probe [--devices | --read-bandwidth [THREADS] | --version]" << std::endl;
+        return 2;
+    }
+    llama_backend_init();
+    return serve_questions();
+}

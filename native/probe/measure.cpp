@@ -1,0 +1,298 @@
+#include "measure.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <optional>
+#include <stdexcept>
+
+#include "arg.h"
+#include "common.h"
+#include "ggml-backend.h"
+#include "llama-cpp.h"
+#include "llama-ext.h"
+#include "llama.h"
+#include "mtmd.h"
+#include "sampling.h"
+#include "speculative.h"
+
+using json = nlohmann::ordered_json;
+
+namespace {
+
+// llama-server's own treatment of its arguments after parsing them: llama_server() in tools/server/server.cpp and
+// server_output_limits() in tools/server/server-context.cpp.
+common_params server_params(const std::vector<std::string> & arguments) {
+    std::vector<std::string> owned{"llama-server"};
+    owned.insert(owned.end(), arguments.begin(), arguments.end());
+    std::vector<char *> argv;
+    for (std::string & argument : owned) {
+        argv.push_back(argument.data());
+    }
+    common_params params;
+    if (!common_params_parse(int(argv.size()), argv.data(), params, LLAMA_EXAMPLE_SERVER)) {
+        throw std::runtime_error("llama-server refuses these arguments");
+    }
+    if (params.model.path.empty()) {
+        throw std::runtime_error("the arguments name no model file (-m)");
+    }
+    if (!params.lora_adapters.empty() || !params.control_vectors.empty()) {
+        throw std::runtime_error("LoRA adapters and control vectors cannot be counted before they are loaded");
+    }
+    if (params.embedding) {
+        params.n_batch = std::min(params.n_batch, params.n_ubatch);
+    }
+    if (params.n_parallel < 0) {
+        params.n_parallel = 4;
+        params.kv_unified = true;
+    }
+    if (params.kv_unified_per_slot > 0 && params.n_ctx == 0 && uint32_t(params.fit_params_min_ctx) != UINT32_MAX) {
+        params.n_ctx = params.n_parallel * params.kv_unified_per_slot;
+    }
+    const bool pools = params.pooling_type != LLAMA_POOLING_TYPE_UNSPECIFIED &&
+                       params.pooling_type != LLAMA_POOLING_TYPE_NONE;
+    if (params.embedding || pools) {
+        params.n_outputs_max = params.n_batch;
+        params.n_outputs_max_per_seq = 1;
+    } else {
+        const auto limits = common_speculative_get_output_limits(params.n_batch, params.n_parallel,
+                                                                 common_speculative_n_max(&params.speculative));
+        params.n_outputs_max = std::max(1, int(limits.total));
+        params.n_outputs_max_per_seq = std::max(1, int(limits.per_seq));
+    }
+    return params;
+}
+
+// The devices that llama_prepare_model_devices would use, as far as host buffers and mmap depend on them.
+std::vector<ggml_backend_dev_t> devices_of(const common_params & params) {
+    std::vector<ggml_backend_dev_t> devices;
+    if (!params.devices.empty()) {
+        for (ggml_backend_dev_t dev : params.devices) {
+            if (dev) {
+                devices.push_back(dev);
+            }
+        }
+        return devices;
+    }
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU) {
+            devices.push_back(dev);
+        }
+    }
+    return devices;
+}
+
+bool maps_the_file(const common_params & params) {
+    switch (params.load_mode) {
+        case LLAMA_LOAD_MODE_MMAP:
+        case LLAMA_LOAD_MODE_MMAP_MLOCK:
+            return true;
+        case LLAMA_LOAD_MODE_AUTO:  // llama_model_base::load_tensors: unless a device objects
+            for (ggml_backend_dev_t dev : devices_of(params)) {
+                ggml_backend_dev_props props;
+                ggml_backend_dev_get_props(dev, &props);
+                if (!props.caps.mmap_support) {
+                    return false;
+                }
+            }
+            return true;
+        default:
+            return false;
+    }
+}
+
+bool has_host_buffers(const common_params & params) {
+    for (ggml_backend_dev_t dev : devices_of(params)) {
+        if (ggml_backend_dev_host_buffer_type(dev)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool is_repacking(ggml_backend_buffer_type_t buffer_type) {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto * get = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts"));
+    for (ggml_backend_buffer_type_t * extra = get ? get(cpu) : nullptr; extra && *extra; extra++) {
+        if (*extra == buffer_type) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool is_pinned(ggml_backend_buffer_type_t buffer_type) {
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        if (ggml_backend_dev_host_buffer_type(ggml_backend_dev_get(i)) == buffer_type) {
+            return true;
+        }
+    }
+    return false;
+}
+
+const char * kind_of(ggml_backend_buffer_type_t buffer_type, bool holds_mapped_weights) {
+    if (is_pinned(buffer_type)) {
+        return "pinned";
+    }
+    if (is_repacking(buffer_type)) {
+        return "repacked";
+    }
+    if (!ggml_backend_buft_is_host(buffer_type)) {
+        return "device";
+    }
+    return holds_mapped_weights ? "mapped" : "host";
+}
+
+json buffer(const char * device, const char * name, const char * part, const char * use, const char * kind,
+            size_t bytes) {
+    return {{"device", device}, {"buffer", name}, {"part", part}, {"use", use}, {"kind", kind}, {"bytes", bytes}};
+}
+
+void add_buffers(json & buffers, const llama_context * context, const char * part, bool mapped, bool with_weights) {
+    for (const auto & [type, memory] : llama_get_memory_breakdown(context)) {
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(type);
+        const bool on_device = !ggml_backend_buft_is_host(type) && !is_repacking(type);
+        const char * device = dev && on_device ? ggml_backend_dev_name(dev) : "CPU";
+        const char * name = ggml_backend_buft_name(type);
+        const std::pair<const char *, size_t> uses[] = {
+            {"weights", with_weights ? memory.model : 0}, {"context", memory.context}, {"compute", memory.compute}};
+        for (const auto & [use, bytes] : uses) {
+            if (bytes > 0) {
+                const bool weights = std::string(use) == "weights";
+                buffers.push_back(buffer(device, name, part, use, kind_of(type, mapped && weights), bytes));
+            }
+        }
+    }
+}
+
+// llama.cpp cannot map a file that it does not read, so the question is asked with load mode "none".  With mmap it
+// would put CPU weights into plain CPU buffers where it now takes the device's pinned ones
+// (llama_model_loader::create_tensor: "avoid using a host buffer when using mmap"): ask for that placement.
+llama_model_params without_allocation(common_params & params, bool mapped) {
+    llama_model_params model_params = common_model_params_to_llama(params);
+    if (mapped && has_host_buffers(params) && !model_params.no_host) {
+        model_params.no_host = true;
+        model_params.use_extra_bufts = false;
+    }
+    model_params.no_alloc = true;
+    model_params.load_mode = LLAMA_LOAD_MODE_NONE;
+    model_params.progress_callback = nullptr;
+    return model_params;
+}
+
+llama_model_ptr load(common_params & params, bool mapped) {
+    llama_model_ptr model(llama_model_load_from_file(params.model.path.c_str(), without_allocation(params, mapped)));
+    if (!model) {
+        throw std::runtime_error("llama.cpp refuses the model " + params.model.path);
+    }
+    return model;
+}
+
+llama_context_ptr open(llama_model * model, const llama_context_params & context_params) {
+    llama_context_ptr context(llama_init_from_model(model, context_params));
+    if (!context) {
+        throw std::runtime_error("llama.cpp refuses the context");
+    }
+    return context;
+}
+
+// Samplers that run on the device are part of the graph (common_init_result).
+struct BackendSamplers {
+    std::vector<common_sampler_ptr> samplers;
+    std::vector<llama_sampler_seq_config> configs;
+
+    BackendSamplers(const llama_model * model, common_params & params, llama_context_params & context_params) {
+        if (!params.sampling.backend_sampling) {
+            return;
+        }
+        for (int i = 0; i < int(context_params.n_seq_max); i++) {
+            samplers.emplace_back(common_sampler_init(model, params.sampling));
+            configs.push_back({i, common_sampler_get(samplers.back().get())});
+        }
+        context_params.samplers = configs.data();
+        context_params.n_samplers = configs.size();
+    }
+};
+
+// The draft model's or MTP context, opened beside the target's: common_speculative_init_result.
+void add_draft(json & buffers, common_params & params, llama_model * target, llama_context * target_context,
+               bool mapped) {
+    const auto & types = params.speculative.types;
+    const bool has_draft = params.speculative.has_dft();
+    const bool mtp = std::find(types.begin(), types.end(), COMMON_SPECULATIVE_TYPE_DRAFT_MTP) != types.end();
+    if (!has_draft && !mtp) {
+        return;
+    }
+    common_params draft_params = common_base_params_to_speculative(params);
+    llama_context_params context_params = common_context_params_to_llama(draft_params);
+    if (mtp) {
+        context_params.ctx_type = LLAMA_CONTEXT_TYPE_MTP;
+    }
+    context_params.n_ctx = llama_n_ctx(target_context);
+    context_params.n_rs_seq = 0;
+    context_params.ctx_other = target_context;
+    llama_model_ptr draft;
+    if (has_draft) {
+        draft = load(draft_params, mapped);
+    }
+    llama_context_ptr context = open(has_draft ? draft.get() : target, context_params);
+    add_buffers(buffers, context.get(), "draft", mapped, has_draft);
+}
+
+// server_context_impl::load_model's parameters for the vision or audio projector.
+void add_mmproj(json & buffers, const common_params & params) {
+    if (params.mmproj.path.empty()) {
+        return;
+    }
+    mtmd_context_params mtmd_params = mtmd_context_params_default();
+    mtmd_params.use_gpu = params.mmproj_use_gpu;
+    mtmd_params.device = params.mmproj_device;
+    mtmd_params.print_timings = false;
+    mtmd_params.n_threads = params.cpuparams.n_threads;
+    mtmd_params.flash_attn_type = params.flash_attn_type;
+    mtmd_params.warmup = params.warmup;
+    mtmd_params.image_min_tokens = params.image_min_tokens;
+    mtmd_params.image_max_tokens = params.image_max_tokens;
+    mtmd_params.batch_max_tokens = params.mtmd_batch_max_tokens;
+    const auto usage = mtmd_get_memory_usage(params.mmproj.path.c_str(), mtmd_params);
+    if (usage.empty()) {
+        throw std::runtime_error("llama.cpp refuses the multimodal projector " + params.mmproj.path);
+    }
+    for (const auto & [dev, bytes] : usage) {
+        const bool cpu = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+        const char * name = ggml_backend_dev_name(dev);
+        buffers.push_back(buffer(name, name, "mmproj", "total", cpu ? "host" : "device", bytes));
+    }
+}
+
+}  // namespace
+
+json measure_memory(const std::vector<std::string> & server_arguments) {
+    common_params params = server_params(server_arguments);
+    const auto start = std::chrono::steady_clock::now();
+    const bool mapped = maps_the_file(params);
+    llama_model_ptr model = load(params, mapped);
+    llama_context_params context_params = common_context_params_to_llama(params);
+    BackendSamplers samplers(model.get(), params, context_params);
+    llama_context_ptr context = open(model.get(), context_params);
+
+    json answer;
+    answer["n_layer"] = llama_model_n_layer(model.get());
+    answer["n_layer_nextn"] = llama_model_n_layer_nextn(model.get());
+    answer["n_ctx"] = llama_n_ctx(context.get());
+    answer["n_ctx_slot"] = llama_n_ctx_seq(context.get());
+    answer["n_slots"] = params.n_parallel;
+    answer["n_ctx_train"] = llama_model_n_ctx_train(model.get());
+    answer["n_expert"] = llama_model_n_expert(model.get());
+    answer["n_params"] = llama_model_n_params(model.get());
+    json buffers = json::array();
+    add_buffers(buffers, context.get(), "model", mapped, true);
+    add_draft(buffers, params, model.get(), context.get(), mapped);
+    add_mmproj(buffers, params);
+    answer["buffers"] = buffers;
+    const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
+    answer["milliseconds"] = elapsed.count();
+    return answer;
+}

@@ -1,0 +1,21 @@
+// How much memory llama-server would allocate, asked of llama.cpp itself.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+// Loads model and context as llama-server with these arguments would, but without allocating (no_alloc), and returns
+// what they would take.  The model may be a skeleton: a GGUF without tensor data.
+//
+//   {"n_layer": 80, "n_layer_nextn": 0, "n_ctx": 4096, "n_ctx_slot": 4096, "n_slots": 1, "n_ctx_train": 8192,
+//    "n_expert": 0, "n_params": …, "flash_attention": true, "pipeline_parallel": false, "milliseconds": 24.1,
+//    "buffers": [{"device": "CUDA0", "buffer": "CUDA0", "part": "model", "use": "weights", "kind": "device",
+//                 "bytes": 123}, …]}
+//
+// part: model, draft or mmproj.  use: weights, context (KV cache and recurrent state), compute or, for mmproj, total.
+// kind: device; or in host memory mapped (page cache of the file), pinned (page-locked, by the GPU's driver),
+// repacked (the CPU backend's own layout) or host (plain).
+//
+// Throws std::runtime_error with llama.cpp's own reason where llama-server would refuse.  `-fit` is taken as off.
+nlohmann::ordered_json measure_memory(const std::vector<std::string> & server_arguments);
