@@ -36,7 +36,9 @@ void print(const json & answer) {
     std::cout << answer.dump(-1, ' ', false, json::error_handler_t::replace) << std::endl;
 }
 
-json error(const std::string & what, const std::vector<std::string> & log) { return {{"error", what}, {"log", log}}; }
+json error(const std::string & what, const std::vector<std::string> & log) {
+    return {{"error", what}, {"log", log}};
+}
 
 json answer(const std::string & line, CapturedLog & log) {
     log.clear();
@@ -51,7 +53,8 @@ json answer(const std::string & line, CapturedLog & log) {
 CapturedLog * log_at_abort = nullptr;
 
 void answer_abort(const char * message) {
-    print(error(std::string("llama.cpp aborted: ") + message, log_at_abort ? log_at_abort->lines() : std::vector<std::string>{}));
+    print(error(std::string("llama.cpp aborted: ") + message,
+                log_at_abort ? log_at_abort->lines() : std::vector<std::string>{}));
 }
 
 int serve_questions() {

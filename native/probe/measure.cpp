@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
-#include <map>
-#include <optional>
 #include <stdexcept>
 
 #include "arg.h"
 #include "common.h"
+#include "compute_buffers.h"
 #include "ggml-backend.h"
 #include "llama-cpp.h"
 #include "llama-ext.h"
@@ -49,8 +48,8 @@ common_params server_params(const std::vector<std::string> & arguments) {
     if (params.kv_unified_per_slot > 0 && params.n_ctx == 0 && uint32_t(params.fit_params_min_ctx) != UINT32_MAX) {
         params.n_ctx = params.n_parallel * params.kv_unified_per_slot;
     }
-    const bool pools = params.pooling_type != LLAMA_POOLING_TYPE_UNSPECIFIED &&
-                       params.pooling_type != LLAMA_POOLING_TYPE_NONE;
+    const bool pools =
+        params.pooling_type != LLAMA_POOLING_TYPE_UNSPECIFIED && params.pooling_type != LLAMA_POOLING_TYPE_NONE;
     if (params.embedding || pools) {
         params.n_outputs_max = params.n_batch;
         params.n_outputs_max_per_seq = 1;
@@ -150,18 +149,25 @@ json buffer(const char * device, const char * name, const char * part, const cha
     return {{"device", device}, {"buffer", name}, {"part", part}, {"use", use}, {"kind", kind}, {"bytes", bytes}};
 }
 
-void add_buffers(json & buffers, const llama_context * context, const char * part, bool mapped, bool with_weights) {
+void add_buffers(json & buffers, llama_context * context, const char * part, bool mapped, bool with_weights) {
+    const auto compute = measure_compute_buffers(context);
     for (const auto & [type, memory] : llama_get_memory_breakdown(context)) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(type);
         const bool on_device = !ggml_backend_buft_is_host(type) && !is_repacking(type);
         const char * device = dev && on_device ? ggml_backend_dev_name(dev) : "CPU";
         const char * name = ggml_backend_buft_name(type);
-        const std::pair<const char *, size_t> uses[] = {
-            {"weights", with_weights ? memory.model : 0}, {"context", memory.context}, {"compute", memory.compute}};
-        for (const auto & [use, bytes] : uses) {
+        const auto add = [&](const char * use, const char * kind, size_t bytes) {
             if (bytes > 0) {
-                const bool weights = std::string(use) == "weights";
-                buffers.push_back(buffer(device, name, part, use, kind_of(type, mapped && weights), bytes));
+                buffers.push_back(buffer(device, name, part, use, kind, bytes));
+            }
+        };
+        add("weights", kind_of(type, mapped), with_weights ? memory.model : 0);
+        add("context", kind_of(type, false), memory.context);
+        if (compute.count(type)) {
+            add("compute", kind_of(type, false), compute.at(type).at_ready);
+            add("compute_growth", kind_of(type, false), compute.at(type).in_use - compute.at(type).at_ready);
+            if (compute.at(type).worst_prompt_tokens > 0) {
+                buffers.back()["worst_prompt_tokens"] = compute.at(type).worst_prompt_tokens;
             }
         }
     }

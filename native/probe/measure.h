@@ -13,9 +13,10 @@
 //    "buffers": [{"device": "CUDA0", "buffer": "CUDA0", "part": "model", "use": "weights", "kind": "device",
 //                 "bytes": 123}, …]}
 //
-// part: model, draft or mmproj.  use: weights, context (KV cache and recurrent state), compute or, for mmproj, total.
-// kind: device; or in host memory mapped (page cache of the file), pinned (page-locked, by the GPU's driver),
-// repacked (the CPU backend's own layout) or host (plain).
+// part: model, draft or mmproj.  use: weights, context (KV cache and recurrent state), compute (as reserved when the
+// server is ready), compute_growth (what prompts add to it, see compute_buffers.h; with "worst_prompt_tokens", the
+// length of one that does) or, for mmproj, total. kind: device; or in host memory mapped (page cache of the file),
+// pinned (page-locked, by the GPU's driver), repacked (the CPU backend's own layout) or host (plain).
 //
 // Throws std::runtime_error with llama.cpp's own reason where llama-server would refuse.  `-fit` is taken as off.
 nlohmann::ordered_json measure_memory(const std::vector<std::string> & server_arguments);

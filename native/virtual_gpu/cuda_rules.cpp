@@ -10,10 +10,10 @@
 namespace cuda_rules {
 namespace {
 
-constexpr int64_t kRowPadding = 512;       // MATRIX_ROW_PADDING
-constexpr int64_t kKvStride = 256;         // FATTN_KQ_STRIDE
-constexpr int64_t kSuperBlock = 256;       // QK_K
-constexpr int64_t kOffloadMinBatch = 32;   // ggml_backend_cuda_reg, unless GGML_OP_OFFLOAD_MIN_BATCH says otherwise
+constexpr int64_t kRowPadding = 512;      // MATRIX_ROW_PADDING
+constexpr int64_t kKvStride = 256;        // FATTN_KQ_STRIDE
+constexpr int64_t kSuperBlock = 256;      // QK_K
+constexpr int64_t kOffloadMinBatch = 32;  // ggml_backend_cuda_reg, unless GGML_OP_OFFLOAD_MIN_BATCH says otherwise
 
 bool is_any_of(ggml_type type, std::initializer_list<ggml_type> types) {
     for (ggml_type one : types) {
@@ -24,7 +24,9 @@ bool is_any_of(ggml_type type, std::initializer_list<ggml_type> types) {
     return false;
 }
 
-bool is_float(ggml_type type) { return is_any_of(type, {GGML_TYPE_F32, GGML_TYPE_F16}); }
+bool is_float(ggml_type type) {
+    return is_any_of(type, {GGML_TYPE_F32, GGML_TYPE_F16});
+}
 
 enum class AttentionKernel { none, vector, matrix };
 
@@ -54,7 +56,14 @@ bool has_attention_head_size(const ggml_tensor * op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2];
     const int64_t ratio = q->ne[2] / k->ne[2];
     switch (k->ne[0]) {
-        case 40: case 64: case 72: case 80: case 96: case 112: case 128: case 256:
+        case 40:
+        case 64:
+        case 72:
+        case 80:
+        case 96:
+        case 112:
+        case 128:
+        case 256:
             return v->ne[0] == k->ne[0];
         case 192:
             return v->ne[0] == 128 && groups_query_heads(op) && ratio % 8 == 0;
@@ -128,9 +137,13 @@ bool has_copy_kernel(const ggml_tensor * op) {
 
 bool has_get_rows_kernel(const ggml_tensor * op) {
     switch (op->src[0]->type) {
-        case GGML_TYPE_IQ4_NL: case GGML_TYPE_MXFP4:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_MXFP4:
             return op->src[0]->ne[0] % kSuperBlock == 0;
-        case GGML_TYPE_TQ1_0: case GGML_TYPE_TQ2_0: case GGML_TYPE_NVFP4: case GGML_TYPE_Q8_K:
+        case GGML_TYPE_TQ1_0:
+        case GGML_TYPE_TQ2_0:
+        case GGML_TYPE_NVFP4:
+        case GGML_TYPE_Q8_K:
             return false;
         default:
             return true;

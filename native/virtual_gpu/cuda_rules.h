@@ -1,6 +1,7 @@
 // What ggml-cuda would say of a tensor or an operation: the rules that decide how llama.cpp splits its graph between
-// GPU and CPU and how large its buffers become.  Restated from llama.cpp b11312, ggml/src/ggml-cuda/{ggml-cuda,fattn}.cu,
-// for a card with tensor cores (compute capability >= 7.5); the named functions are where each rule comes from.
+// GPU and CPU and how large its buffers become.  Restated from llama.cpp b11312,
+// ggml/src/ggml-cuda/{ggml-cuda,fattn}.cu, for a card with tensor cores (compute capability >= 7.5); the named
+// functions are where each rule comes from.
 #pragma once
 
 #include <cstddef>

@@ -43,10 +43,16 @@ std::deque<Device> & devices() {
     return all;
 }
 
-Device & device_of(ggml_backend_dev_t dev) { return *static_cast<Device *>(dev->context); }
-Device & device_of(ggml_backend_buffer_type_t type) { return *static_cast<Device *>(type->context); }
+Device & device_of(ggml_backend_dev_t dev) {
+    return *static_cast<Device *>(dev->context);
+}
+Device & device_of(ggml_backend_buffer_type_t type) {
+    return *static_cast<Device *>(type->context);
+}
 
-ggml_backend_dev_t cpu() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+ggml_backend_dev_t cpu() {
+    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
 
 // ---------------------------------------------------------------------------------------------- memory, counted
 
@@ -97,7 +103,9 @@ struct Block {
     size_t size;
 };
 
-Block & block_of(ggml_backend_buffer_t buffer) { return *static_cast<Block *>(buffer->context); }
+Block & block_of(ggml_backend_buffer_t buffer) {
+    return *static_cast<Block *>(buffer->context);
+}
 
 void buffer_free(ggml_backend_buffer_t buffer) {
     Block & block = block_of(buffer);
@@ -106,9 +114,13 @@ void buffer_free(ggml_backend_buffer_t buffer) {
     delete &block;
 }
 
-void * buffer_base(ggml_backend_buffer_t buffer) { return block_of(buffer).data; }
+void * buffer_base(ggml_backend_buffer_t buffer) {
+    return block_of(buffer).data;
+}
 
-ggml_status buffer_init_tensor(ggml_backend_buffer_t, ggml_tensor *) { return GGML_STATUS_SUCCESS; }
+ggml_status buffer_init_tensor(ggml_backend_buffer_t, ggml_tensor *) {
+    return GGML_STATUS_SUCCESS;
+}
 
 void buffer_memset(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
     std::memset(static_cast<char *>(tensor->data) + offset, value, size);
@@ -123,8 +135,8 @@ void buffer_get(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, 
 }
 
 bool buffer_copy(ggml_backend_buffer_t, const ggml_tensor * from, ggml_tensor * to) {
-    const bool readable = from->buffer && (ggml_backend_buffer_is_host(from->buffer) ||
-                                           from->buffer->iface.get_base == buffer_base);
+    const bool readable =
+        from->buffer && (ggml_backend_buffer_is_host(from->buffer) || from->buffer->iface.get_base == buffer_base);
     if (readable) {
         std::memcpy(to->data, from->data, ggml_nbytes(from));
     }
@@ -135,7 +147,9 @@ void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
     std::memset(block_of(buffer).data, value, block_of(buffer).size);
 }
 
-const char * type_name(ggml_backend_buffer_type_t type) { return device_of(type).name.c_str(); }
+const char * type_name(ggml_backend_buffer_type_t type) {
+    return device_of(type).name.c_str();
+}
 
 ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
     Device & device = device_of(type);
@@ -162,14 +176,20 @@ ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
     return ggml_backend_buffer_init(type, iface, new Block{device, data, size}, size);
 }
 
-size_t type_alignment(ggml_backend_buffer_type_t) { return cuda_rules::kAlignment; }
+size_t type_alignment(ggml_backend_buffer_type_t) {
+    return cuda_rules::kAlignment;
+}
 size_t type_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
     return cuda_rules::alloc_size(tensor);
 }
-bool type_is_host(ggml_backend_buffer_type_t) { return false; }
+bool type_is_host(ggml_backend_buffer_type_t) {
+    return false;
+}
 
 // The host buffer type stands for pinned memory: with it, llama.cpp chooses the same CPU buffers as beside CUDA.
-const char * host_type_name(ggml_backend_buffer_type_t type) { return device_of(type).host_name.c_str(); }
+const char * host_type_name(ggml_backend_buffer_type_t type) {
+    return device_of(type).host_name.c_str();
+}
 
 ggml_backend_buffer_t host_type_alloc(ggml_backend_buffer_type_t type, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(cpu()), size);
@@ -182,13 +202,19 @@ ggml_backend_buffer_t host_type_alloc(ggml_backend_buffer_type_t type, size_t si
 size_t host_type_alignment(ggml_backend_buffer_type_t) {
     return ggml_backend_buft_get_alignment(ggml_backend_dev_buffer_type(cpu()));
 }
-bool host_type_is_host(ggml_backend_buffer_type_t) { return true; }
+bool host_type_is_host(ggml_backend_buffer_type_t) {
+    return true;
+}
 
 // ---------------------------------------------------------------------------------------------- computing, on the CPU
 
-ggml_backend_t inner(ggml_backend_t backend) { return static_cast<ggml_backend_t>(backend->context); }
+ggml_backend_t inner(ggml_backend_t backend) {
+    return static_cast<ggml_backend_t>(backend->context);
+}
 
-const char * backend_name(ggml_backend_t backend) { return device_of(backend->device).name.c_str(); }
+const char * backend_name(ggml_backend_t backend) {
+    return device_of(backend->device).name.c_str();
+}
 
 void backend_free(ggml_backend_t backend) {
     ggml_backend_free(inner(backend));
@@ -202,8 +228,12 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
 // Work is done when a call returns: there is nothing to wait for, and an event has always happened.
 void backend_synchronize(ggml_backend_t) {}
 void backend_event(ggml_backend_t, ggml_backend_event_t) {}
-ggml_backend_event_t event_new(ggml_backend_dev_t dev) { return new ggml_backend_event{dev, nullptr}; }
-void event_free(ggml_backend_dev_t, ggml_backend_event_t event) { delete event; }
+ggml_backend_event_t event_new(ggml_backend_dev_t dev) {
+    return new ggml_backend_event{dev, nullptr};
+}
+void event_free(ggml_backend_dev_t, ggml_backend_event_t event) {
+    delete event;
+}
 void event_synchronize(ggml_backend_dev_t, ggml_backend_event_t) {}
 
 // llama.cpp hands its --threads to every backend that offers this.
@@ -217,9 +247,15 @@ void set_n_threads(ggml_backend_t backend, int n_threads) {
 
 // ---------------------------------------------------------------------------------------------- devices
 
-const char * device_name(ggml_backend_dev_t dev) { return device_of(dev).name.c_str(); }
-const char * device_description(ggml_backend_dev_t dev) { return device_of(dev).description.c_str(); }
-enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
+const char * device_name(ggml_backend_dev_t dev) {
+    return device_of(dev).name.c_str();
+}
+const char * device_description(ggml_backend_dev_t dev) {
+    return device_of(dev).description.c_str();
+}
+enum ggml_backend_dev_type device_type(ggml_backend_dev_t) {
+    return GGML_BACKEND_DEVICE_TYPE_GPU;
+}
 
 void device_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) {
     const Device & d = device_of(dev);
@@ -257,10 +293,16 @@ ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     return new ggml_backend{&guid, iface, dev, cpu_backend};
 }
 
-ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t dev) { return &device_of(dev).buffer_type; }
-ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t dev) { return &device_of(dev).host_buffer_type; }
+ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t dev) {
+    return &device_of(dev).buffer_type;
+}
+ggml_backend_buffer_type_t device_host_buffer_type(ggml_backend_dev_t dev) {
+    return &device_of(dev).host_buffer_type;
+}
 
-bool is_ours(ggml_backend_buffer_type_t type) { return type->iface.get_name == type_name; }
+bool is_ours(ggml_backend_buffer_type_t type) {
+    return type->iface.get_name == type_name;
+}
 
 bool device_supports_op(ggml_backend_dev_t dev, const ggml_tensor * op) {
     for (const ggml_tensor * source : op->src) {
@@ -275,13 +317,21 @@ bool device_supports_buffer_type(ggml_backend_dev_t dev, ggml_backend_buffer_typ
     return type == device_buffer_type(dev);
 }
 
-bool device_offload_op(ggml_backend_dev_t, const ggml_tensor * op) { return cuda_rules::worth_offloading(op); }
+bool device_offload_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    return cuda_rules::worth_offloading(op);
+}
 
 // ---------------------------------------------------------------------------------------------- registry
 
-const char * registry_name(ggml_backend_reg_t) { return "VIRTUAL"; }
-size_t registry_count(ggml_backend_reg_t) { return devices().size(); }
-ggml_backend_dev_t registry_device(ggml_backend_reg_t, size_t index) { return &devices()[index].device; }
+const char * registry_name(ggml_backend_reg_t) {
+    return "VIRTUAL";
+}
+size_t registry_count(ggml_backend_reg_t) {
+    return devices().size();
+}
+ggml_backend_dev_t registry_device(ggml_backend_reg_t, size_t index) {
+    return &devices()[index].device;
+}
 
 void * registry_function(ggml_backend_reg_t, const char * name) {
     if (std::strcmp(name, "ggml_backend_set_n_threads") == 0) {
@@ -339,7 +389,9 @@ void add_device(size_t total, size_t reserved, const std::string & description) 
     d.host_buffer_type.context = &d;
 }
 
-size_t mib_to_bytes(const std::string & text) { return size_t(std::strtod(text.c_str(), nullptr) * kMiB); }
+size_t mib_to_bytes(const std::string & text) {
+    return size_t(std::strtod(text.c_str(), nullptr) * kMiB);
+}
 
 std::string setting(const char * name) {
     const char * value = std::getenv(name);

@@ -1,0 +1,159 @@
+#include "compute_buffers.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "common.h"
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-memory.h"
+#include "llama-model.h"
+
+namespace {
+
+bool keeps_assignments = false;
+
+struct KeepAssignments {
+    KeepAssignments() { keeps_assignments = true; }
+    ~KeepAssignments() { keeps_assignments = false; }
+};
+
+template <typename Function>
+Function original(const char * name) {
+    void * symbol = dlsym(RTLD_NEXT, name);
+    if (!symbol) {
+        throw std::runtime_error(std::string("the ggml library has no ") + name);
+    }
+    return reinterpret_cast<Function>(symbol);
+}
+
+struct Shape {
+    uint32_t tokens, sequences, outputs;
+};
+
+// Sizes per sched backend; the graph is built for the state in which `memory` is.
+std::vector<size_t> graph_sizes(llama_context & context, const Shape & shape, const llama_memory_context_i * memory) {
+    std::vector<size_t> sizes(size_t(ggml_backend_sched_get_n_backends(context.get_sched())), 0);
+    if (!context.graph_reserve(shape.tokens, shape.sequences, shape.outputs, memory, /*split_only=*/true,
+                               sizes.data())) {
+        throw std::runtime_error("llama.cpp cannot build this model's graph");
+    }
+    return sizes;
+}
+
+// The graphs of llama_context::sched_reserve.
+std::vector<Shape> reserved_shapes(const llama_context & context) {
+    const llama_cparams & params = context.get_cparams();
+    const uint32_t sequences = params.n_seq_max, tokens = std::min(params.n_ctx, params.n_ubatch);
+    const uint32_t outputs = std::min(tokens, uint32_t(params.n_outputs_max));
+    const uint32_t last_sequences =
+        context.get_model().arch == LLM_ARCH_KIMI_LINEAR || context.get_model().arch == LLM_ARCH_MINIMAX_01 ? 1
+                                                                                                            : sequences;
+    return {{tokens, sequences, outputs}, {sequences, sequences, sequences}, {tokens, last_sequences, outputs}};
+}
+
+// Token counts of the n-th of `count` ubatches to measure: the full one, of few ubatches ever fewer; and for the last
+// two also some that are a little smaller, where tensors that had fitted into each other's place no longer do.
+std::vector<uint32_t> sampled_sizes(size_t n, size_t count, uint32_t n_ubatch) {
+    if (n + 2 >= count) {
+        std::vector<uint32_t> sizes{n_ubatch};
+        for (uint32_t less : {1u, 2u, n_ubatch * 5 / 32, n_ubatch / 4, n_ubatch / 2}) {
+            if (less > 0 && less < n_ubatch) {
+                sizes.push_back(n_ubatch - less);
+            }
+        }
+        return sizes;
+    }
+    size_t step = 1;
+    while (step * 8 <= n) {
+        step *= 2;
+    }
+    return n % step == 0 ? std::vector<uint32_t>{n_ubatch} : std::vector<uint32_t>{};
+}
+
+// Calls visit(shape, prompt_tokens, memory) for ubatches of the longest prompt that llama-server accepts, one token
+// less than a slot holds, split as llama_context::decode splits it; prompt_tokens is the length of a prompt that ends
+// with this ubatch.
+template <typename Visit>
+void fill_a_slot(llama_context & context, const Visit & visit) {
+    const llama_cparams & params = context.get_cparams();
+    const uint32_t longest = params.n_ctx_seq - 1;
+    const size_t count = (longest + params.n_ubatch - 1) / params.n_ubatch;
+    uint32_t filled = 0;
+    size_t n = 0;
+    while (filled < longest) {
+        const uint32_t size = std::min(params.n_batch, longest - filled);
+        common_batch batch = common_batch_get_one(&context, std::vector<llama_token>(size, 0));
+        llama_batch_allocr allocator(context.get_model().hparams.n_pos_per_embd());
+        if (!allocator.init(*batch.get(), context.get_model().vocab, /*output_all=*/false)) {
+            throw std::runtime_error("llama.cpp refuses a prompt as long as the context");
+        }
+        llama_memory_context_ptr memory = context.get_memory()->init_batch(allocator, params.n_ubatch, false);
+        if (!memory || memory->get_status() != LLAMA_MEMORY_STATUS_SUCCESS) {
+            throw std::runtime_error("llama.cpp finds no room for a prompt as long as the context");
+        }
+        do {
+            memory->apply();
+            const uint32_t n_ubatch = memory->get_ubatch().n_tokens;
+            for (uint32_t tokens : sampled_sizes(n, count, n_ubatch)) {
+                visit(Shape{tokens, 1, 1}, filled + tokens, memory.get());
+            }
+            filled += n_ubatch;
+            n++;
+        } while (memory->next());
+    }
+}
+
+}  // namespace
+
+// These two take the place of ggml's own functions for the libraries that call them: a program's symbols come first.
+// llama_context::graph_reserve has reset the scheduler before it built the graph, so the second reset is left out.
+extern "C" void ggml_backend_sched_reset(ggml_backend_sched_t sched) {
+    static const auto reset = original<void (*)(ggml_backend_sched_t)>("ggml_backend_sched_reset");
+    if (!keeps_assignments) {
+        reset(sched);
+    }
+}
+
+extern "C" void ggml_backend_sched_reserve_size(ggml_backend_sched_t sched, ggml_cgraph * graph, size_t * sizes) {
+    static const auto reserve_size =
+        original<void (*)(ggml_backend_sched_t, ggml_cgraph *, size_t *)>("ggml_backend_sched_reserve_size");
+    KeepAssignments keep;
+    reserve_size(sched, graph, sizes);
+}
+
+std::map<ggml_backend_buffer_type_t, ComputeBuffer> measure_compute_buffers(llama_context * context) {
+    ggml_backend_sched_t sched = context->get_sched();
+    std::map<ggml_backend_buffer_type_t, ComputeBuffer> buffers;
+    const auto buffer_of = [&](size_t i) -> ComputeBuffer & {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, int(i));
+        return buffers[ggml_backend_sched_get_buffer_type(sched, backend)];
+    };
+    llama_memory_context_ptr full;
+    if (context->get_memory()) {
+        full = context->get_memory()->init_full();
+    }
+    for (const Shape & shape : reserved_shapes(*context)) {
+        const std::vector<size_t> sizes = graph_sizes(*context, shape, full.get());
+        for (size_t i = 0; i < sizes.size(); i++) {
+            ComputeBuffer & buffer = buffer_of(i);
+            buffer.at_ready = buffer.in_use = std::max(buffer.at_ready, sizes[i]);
+        }
+    }
+    if (context->get_memory()) {
+        fill_a_slot(*context, [&](const Shape & shape, uint32_t prompt, const llama_memory_context_i * memory) {
+            const std::vector<size_t> sizes = graph_sizes(*context, shape, memory);
+            for (size_t i = 0; i < sizes.size(); i++) {
+                ComputeBuffer & buffer = buffer_of(i);
+                if (sizes[i] > buffer.in_use) {
+                    buffer.in_use = sizes[i];
+                    buffer.worst_prompt_tokens = prompt;
+                }
+            }
+        });
+    }
+    return buffers;
+}

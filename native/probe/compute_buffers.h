@@ -1,0 +1,25 @@
+// The sizes that a context's compute buffers have when llama-server is ready, and reach in use.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+
+#include "ggml-backend.h"
+
+struct llama_context;
+
+struct ComputeBuffer {
+    size_t at_ready = 0;               // what llama_context::sched_reserve allocates
+    size_t in_use = 0;                 // the largest it becomes while prompts fill one slot's context
+    uint32_t worst_prompt_tokens = 0;  // a prompt of this length makes it so; 0 if it does not grow
+};
+
+// Per buffer type, for a context opened on a model that was loaded with no_alloc, which it leaves unusable.
+//
+// What llama.cpp measures of itself is neither.  It measures one graph, and in doing so forgets which backend its
+// builder had chosen for the layers' norms (ggml_backend_sched_reserve_size resets the scheduler after the graph was
+// built; ggml_backend_sched_reserve, which allocates, does not).  And the graph that it reserves for is not always the
+// largest: where layers are split between GPU and CPU, each change between a prompt and generation lays the buffer out
+// anew, and smaller tensors can be laid out worse.
+std::map<ggml_backend_buffer_type_t, ComputeBuffer> measure_compute_buffers(llama_context * context);
