@@ -1,0 +1,55 @@
+"""pyllamarun doctor: what this machine has, and what it lacks."""
+
+from __future__ import annotations
+
+import click
+
+from pyllamarun.cli.options import as_json, virtual_gpu
+
+
+@click.command(name="doctor", short_help="What this machine has, and what it lacks.")
+@virtual_gpu
+@as_json
+def command(virtual_gpu: str | None, as_json: bool) -> int:
+    """Looks at GPUs, RAM, CPU, disk and the llama.cpp programs.  Exits with 5 when something is broken."""
+    import re
+    from dataclasses import asdict
+
+    from pyllamarun import output, paths
+    from pyllamarun.cli.planning import list_devices, parse_virtual
+    from pyllamarun.errors import BinaryError
+    from pyllamarun.machine.gpu import survey_gpus
+    from pyllamarun.machine.host import read_cpu, read_disk, read_memory
+    from pyllamarun.run import checkup
+    from pyllamarun.run.binaries import find_binaries
+    from pyllamarun.run.command import environment
+    from pyllamarun.run.process import output_of
+
+    survey, memory, cpu, disk = survey_gpus(), read_memory(), read_cpu(), read_disk(paths.models_folder())
+    rows: list[checkup.Row] = []
+    data = {"gpus": survey, "memory": memory, "cpu": cpu, "disk": disk}
+    try:
+        binaries = find_binaries()
+        devices = list_devices(binaries, parse_virtual(virtual_gpu, None))
+        _, text = output_of([binaries.path("llama-server"), "--version"], environment(binaries))
+        commit = re.search(r"commit ([0-9a-f]+)", text)
+        rows += checkup.check_gpus(survey, binaries.build.backend)
+        program_rows = checkup.check_build(binaries.build, commit[1] if commit else "", devices)
+        program_rows += [
+            checkup.Row(checkup.OK, "virtual GPU", f"{device.name}: {device.description}")
+            for device in devices
+            if device.backend == "VIRTUAL"
+        ]
+    except BinaryError as error:
+        rows += checkup.check_gpus(survey, "unknown")
+        program_rows = [checkup.Row(checkup.FAILURE, "binaries", error.what, error.remedy)]
+    rows += checkup.check_memory(memory) + checkup.check_cpu(cpu) + checkup.check_disk(disk) + program_rows
+    if as_json:
+        facts = {name: asdict(value) for name, value in data.items()}
+        output.print_json(output.envelope("doctor", {"rows": [asdict(row) for row in rows], **facts}))
+    else:
+        output.print_text(output.table([[row.status, row.topic, row.text] for row in rows]))
+        for row in rows:
+            if row.remedy:
+                output.print_text(f"{row.topic}: {row.remedy}")
+    return 5 if any(row.status == checkup.FAILURE for row in rows) else 0

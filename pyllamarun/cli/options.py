@@ -1,0 +1,75 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyllamarun.errors import UsageError
+
+Function = Callable[..., Any]
+
+virtual_gpu = click.option(
+    "--virtual-gpu", metavar="SIZE[,SIZE]", default=None,
+    help="Cards that are not here: virtual GPUs of these sizes, which compute on the CPU.",
+)  # fmt: skip
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+dry_run = click.option("--dry-run", is_flag=True, help="Print the llama.cpp command line and do nothing.")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the shared planning options said."""
+
+    model: Path
+    vram: str | None
+    context: int
+    slots: int
+    overhead: str | None
+    virtual_gpu: str | None
+    force: bool
+    passthrough: tuple[str, ...]
+
+
+def planning(function: Function) -> Function:
+    """Adds MODEL, the planning options and `-- LLAMA.CPP ARGUMENTS`; passes them as one `options`."""
+
+    @click.argument("model", type=click.Path(path_type=Path))
+    @click.argument("passthrough", nargs=-1, type=click.UNPROCESSED, metavar="[-- LLAMA.CPP ARGUMENTS]")
+    @click.option(
+        "--vram", metavar="SIZE", default=None,
+        help="What this process may hold on the GPU, at any moment: 11.5GiB, 12GB, 95%, max, max-300MiB; "
+        "one value a GPU, comma-separated.  Default: all that is free.",
+    )  # fmt: skip
+    @click.option(
+        "-c", "--context", metavar="TOKENS", type=click.IntRange(min=1), default=4096, show_default=True,
+        help="Context, shared by the slots.",
+    )  # fmt: skip
+    @click.option(
+        "--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Requests served at once."
+    )
+    @click.option(
+        "--overhead", metavar="SIZE", default=None,
+        help="What the process holds on each GPU besides llama.cpp's buffers.  Default: 364MiB, assumed.",
+    )  # fmt: skip
+    @virtual_gpu
+    @click.option("--force", is_flag=True, help="Go on with what does not fit.")
+    @functools.wraps(function)
+    def wrapper(
+        model: Path, passthrough: tuple[str, ...], vram: str | None, context: int, slots: int, overhead: str | None,
+        virtual_gpu: str | None, force: bool, **others: Any,
+    ) -> Any:  # fmt: skip
+        if passthrough and not passthrough[0].startswith("-"):
+            raise UsageError(
+                f'"{passthrough[0]}" is one argument too many.',
+                remedy="Write `--` before arguments that are meant for llama.cpp.",
+            )
+        options = PlanOptions(model, vram, context, slots, overhead, virtual_gpu, force, passthrough)
+        return function(options=options, **others)
+
+    return wrapper

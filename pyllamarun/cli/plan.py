@@ -1,0 +1,30 @@
+"""pyllamarun plan: where a model goes and what it takes."""
+
+from __future__ import annotations
+
+import click
+
+from pyllamarun.cli.options import PlanOptions, as_json, dry_run, planning
+
+
+@click.command(name="plan", short_help="Where a model goes and what it takes, to the byte.")
+@planning
+@as_json
+@dry_run
+def command(options: PlanOptions, as_json: bool, dry_run: bool) -> None:
+    """Says how many layers of MODEL go to the GPU within the VRAM budget, and what that takes, to the byte.
+
+    llama.cpp itself is asked what it would allocate; nothing is loaded.
+    """
+    from pyllamarun import output
+    from pyllamarun.cli.planning import plan_model
+    from pyllamarun.plan.report import describe
+
+    planned = plan_model(options)
+    line = planned.shell_line(planned.argv("llama-server"))
+    if as_json:
+        output.print_json(output.envelope("plan", planned.plan.to_dict()))
+    elif dry_run:
+        output.print_text(line)
+    else:
+        output.print_text(describe(planned.plan, line))

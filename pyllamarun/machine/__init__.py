@@ -1,0 +1,1 @@
+"""What this computer has: GPUs through NVML, CPU, memory, disk."""

@@ -1,0 +1,419 @@
+"""Reads GGUF headers (v2, v3), also from strangers.
+
+Every count, length and product is bounded before anything is allocated for it; a violation is one ModelError that names
+the field and its offset.  Tensor data is never touched, and the cost grows with the header, not with the file.  The
+format: docs/gguf.md of ggml; the bounds are those of gguf_init_from_reader in ggml/src/gguf.cpp, or tighter.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pyllamarun.errors import ModelError, UsageError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_METADATA_KEYS = 1 << 16
+MAX_TENSORS = 1 << 20
+MAX_NAME_BYTES = 63  # GGML_MAX_NAME - 1
+MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
+MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+MAX_BYTES = 1 << 62
+MAX_HEADER_BYTES = 1 << 30
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """A ggml type: `block_size` elements are stored in `block_bytes` bytes."""
+
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+# enum ggml_type and type_traits in ggml/include/ggml.h and ggml/src/ggml.c.
+TENSOR_TYPES: Mapping[int, TensorType] = {
+    number: TensorType(*fields)
+    for number, fields in {
+        0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+        7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+        12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+        16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+        20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+        24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+        29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+        39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18),
+    }.items()
+}  # fmt: skip
+
+# enum llama_ftype in include/llama.h: what general.file_type says of the whole file.
+FILE_TYPES: Mapping[int, str] = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
+    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS",
+    20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M",
+    28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE",
+    39: "NVFP4", 40: "Q1_0", 41: "Q2_0",
+}  # fmt: skip
+
+# enum gguf_type: number -> struct format, for the types of fixed size.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY, UINT32 = 8, 9, 4
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One line of the tensor table; `shape` has the fastest dimension first, `offset` counts from the data section."""
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Array:
+    """A metadata array, kept as it stands in the file: a vocabulary is large and rarely looked at."""
+
+    element_type: int
+    count: int
+    raw: bytes
+
+    def values(self) -> list[Any]:
+        if self.element_type == STRING:
+            cursor = _Cursor.over(self.raw)
+            return [cursor.string("array element").decode("utf-8", "replace") for _ in range(self.count)]
+        return list(struct.unpack(f"<{self.count}{SCALARS[self.element_type]}", self.raw))
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value with its GGUF type; `data` is an int, float, bool, str or Array."""
+
+    type: int
+    data: Any
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself.  For a split model, `parts` are all its files and `tensors` those of all."""
+
+    parts: tuple[Path, ...]
+    metadata: Mapping[str, Value]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.parts[0]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value by its key, or by its key without the architecture's prefix."""
+        for full_key in (key, f"{self.architecture}.{key}"):
+            if full_key in self.metadata:
+                return self.metadata[full_key].data
+        return default
+
+    @property
+    def architecture(self) -> str:
+        value = self.metadata.get("general.architecture")
+        return value.data if value and isinstance(value.data, str) else ""
+
+    @property
+    def name(self) -> str:
+        name = self.get("general.name")
+        return printable(name) if isinstance(name, str) and name else self.path.stem
+
+    @property
+    def layers(self) -> int:
+        """Repeating layers (block_count)."""
+        count = self.get("block_count", 0)
+        return count if isinstance(count, int) and 0 <= count < 1 << 16 else 0
+
+    @property
+    def trained_context_tokens(self) -> int:
+        tokens = self.get("context_length", 0)
+        return tokens if isinstance(tokens, int) else 0
+
+    @property
+    def vocabulary_size(self) -> int:
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        if tokens and isinstance(tokens.data, Array):
+            return tokens.data.count
+        size = self.get("vocab_size", 0)
+        return size if isinstance(size, int) else 0
+
+    @property
+    def file_type(self) -> str:
+        """What the file calls its quantization, e.g. "Q4_K_M"; "" if it does not say."""
+        return FILE_TYPES.get(self.get("general.file_type", -1), "")
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    @cached_property
+    def parameters(self) -> int:
+        total = 0
+        for tensor in self.tensors:
+            elements = 1
+            for dimension in tensor.shape:
+                elements *= dimension
+            total += elements
+        return total
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: names from a file must not drive the terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def read_header(path: Path) -> Header:
+    """Reads the header of a model file, and of all its parts when it is the first of a split.
+
+    Raises UsageError when there is no such file, and ModelError when it is not a sound GGUF file.
+    """
+    first = _read_part(path)
+    count = first.get("split.count", 0)
+    if not isinstance(count, int) or count <= 1:
+        return first
+    if count > 10_000 or first.get("split.no", 0) != 0:
+        raise ModelError(
+            f"{path} is not the first part of its split model.",
+            why=f"It says that it is part {first.get('split.no')} of {count}, counted from 0.",
+            remedy="Name the first part; the others are found beside it.",
+        )
+    parts = [first] + [_read_part(p) for p in _split_paths(path, count)[1:]]
+    for number, part in enumerate(parts):
+        if part.get("split.no") != number or part.get("split.count") != count:
+            raise ModelError(
+                f"{part.path} is not part {number + 1} of {count} of {path}.",
+                why=f"It says that it is part {part.get('split.no')} of {part.get('split.count')}, counted from 0.",
+                remedy="Download the parts again, all from one source, without renaming them.",
+            )
+    tensors = tuple(tensor for part in parts for tensor in part.tensors)
+    _check_names(path, tensors)
+    announced = first.get("split.tensors.count", len(tensors))
+    if announced != len(tensors):
+        raise ModelError(f"{path}: the parts hold {len(tensors)} tensors, and the first announces {announced}.")
+    return Header(tuple(part.path for part in parts), first.metadata, tensors)
+
+
+def _split_paths(first: Path, count: int) -> list[Path]:
+    """The names that llama_split_path gives: NAME-00001-of-00003.gguf."""
+    suffix = f"-00001-of-{count:05d}.gguf"
+    if not first.name.endswith(suffix):
+        raise ModelError(
+            f"{first} is the first of {count} parts, but its name does not end in {suffix}.",
+            remedy="Give the parts the names that they were published under.",
+        )
+    stem = first.name[: -len(suffix)]
+    return [first.with_name(f"{stem}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
+
+
+def _read_part(path: Path) -> Header:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UsageError(f"There is no file {path}.", remedy="Check the path.") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read.", why=error.strerror or str(error)) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{path} is not a regular file.", remedy="Name a GGUF file.")
+    try:
+        with path.open("rb") as file:
+            return parse_header(file, path, status.st_size)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read.", why=error.strerror or str(error)) from None
+
+
+def parse_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
+    """Parses one file's header from a stream at its start; `file_bytes` is the size of the whole file."""
+    cursor = _Cursor(file, path, min(file_bytes, MAX_HEADER_BYTES))
+    magic = cursor.take(4, "magic")
+    if magic != MAGIC:
+        raise ModelError(
+            f"{path} is not a GGUF file.",
+            why=f"It begins with {magic!r} and not with {MAGIC!r}." if magic else "It is empty.",
+            remedy="Name a model in GGUF format; models in other formats must be converted first.",
+        )
+    version = cursor.scalar("I", "version")
+    if version not in VERSIONS:
+        big_endian = int.from_bytes(struct.pack("<I", version), "big") in VERSIONS
+        cursor.fail("version", "it is big-endian" if big_endian else f"{version} is none of {VERSIONS}")
+    tensor_count = cursor.count("number of tensors", MAX_TENSORS)
+    key_count = cursor.count("number of metadata keys", MAX_METADATA_KEYS)
+    metadata = _read_metadata(cursor, key_count)
+    alignment = metadata["general.alignment"].data if "general.alignment" in metadata else DEFAULT_ALIGNMENT
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
+        cursor.fail("general.alignment", f"{alignment!r} is not a power of two")
+    tensors = tuple(_read_tensor(cursor, alignment) for _ in range(tensor_count))
+    _check_names(path, tensors)
+    data_start = -(-cursor.position // alignment) * alignment
+    _check_data(path, tensors, file_bytes - data_start)
+    return Header((path,), metadata, tensors)
+
+
+def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
+    metadata: dict[str, Value] = {}
+    for _ in range(count):
+        key = cursor.string("metadata key", MAX_KEY_BYTES).decode("utf-8", "replace")
+        if not key:
+            cursor.fail("metadata key", "it is empty")
+        if key in metadata:
+            cursor.fail("metadata key", f'"{printable(key)}" stands twice')
+        value_type = cursor.scalar("I", f"type of {printable(key)}")
+        metadata[key] = Value(value_type, _read_value(cursor, value_type, printable(key)))
+    return metadata
+
+
+def _read_value(cursor: _Cursor, value_type: int, key: str) -> Any:
+    if value_type in SCALARS:
+        return cursor.scalar(SCALARS[value_type], key)
+    if value_type == STRING:
+        return cursor.string(key).decode("utf-8", "replace")
+    if value_type != ARRAY:
+        cursor.fail(key, f"{value_type} is no value type")
+    element_type = cursor.scalar("I", f"element type of {key}")
+    count = cursor.scalar("Q", f"length of {key}")
+    start = cursor.position
+    if element_type in SCALARS:
+        cursor.skip(count * struct.calcsize(SCALARS[element_type]), key)
+    elif element_type == STRING:
+        cursor.skip_strings(count, key)
+    else:
+        cursor.fail(key, f"{element_type} is no type for the elements of an array")
+    return Array(element_type, count, cursor.slice(start))
+
+
+def _read_tensor(cursor: _Cursor, alignment: int) -> Tensor:
+    name = cursor.string("tensor name", MAX_NAME_BYTES).decode("utf-8", "replace")
+    shown = printable(name)
+    if not name:
+        cursor.fail("tensor name", "it is empty")
+    dimensions = cursor.scalar("I", f"dimensions of {shown}")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        cursor.fail(f"dimensions of {shown}", f"{dimensions} is not between 1 and {MAX_DIMENSIONS}")
+    shape = tuple(cursor.scalar("q", f"shape of {shown}") for _ in range(dimensions))
+    type_number = cursor.scalar("I", f"type of {shown}")
+    tensor_type = TENSOR_TYPES.get(type_number)
+    if tensor_type is None:
+        cursor.fail(f"type of {shown}", f"{type_number} is no tensor type of this llama.cpp")
+    elements = 1
+    for dimension in shape:
+        if dimension <= 0:
+            cursor.fail(f"shape of {shown}", f"{dimension} is not positive")
+        elements *= dimension
+        if elements > MAX_BYTES:
+            cursor.fail(f"shape of {shown}", "it is larger than any memory")
+    if shape[0] % tensor_type.block_size:
+        cursor.fail(f"shape of {shown}", f"rows of {shape[0]} are no multiple of {tensor_type.name}'s blocks")
+    offset = cursor.scalar("Q", f"offset of {shown}")
+    if offset % alignment or offset > MAX_BYTES:
+        cursor.fail(f"offset of {shown}", f"{offset} is not aligned to {alignment}")
+    return Tensor(name, tensor_type, shape, offset, elements // tensor_type.block_size * tensor_type.block_bytes)
+
+
+def _check_names(path: Path, tensors: tuple[Tensor, ...]) -> None:
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise ModelError(f'{path}: the tensor "{printable(tensor.name)}" stands twice.')
+        seen.add(tensor.name)
+
+
+def _check_data(path: Path, tensors: tuple[Tensor, ...], data_bytes: int) -> None:
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: t.offset):
+        if tensor.offset < end:
+            raise ModelError(f'{path}: the data of tensor "{printable(tensor.name)}" overlaps another\'s.')
+        end = tensor.offset + tensor.size_bytes
+    if end > data_bytes:
+        raise ModelError(
+            f"{path} is incomplete.",
+            why=f"Its tensors need {end:,} bytes of data, and {max(data_bytes, 0):,} are there.",
+            remedy="Download it again.",
+        )
+
+
+class _Cursor:
+    """Reads forward through a stream, keeping what it has read, never past `limit` bytes."""
+
+    def __init__(self, file: BinaryIO, path: Path, limit: int) -> None:
+        self._file = file
+        self._path = path
+        self._limit = limit
+        self._buffer = bytearray()
+        self.position = 0
+
+    @classmethod
+    def over(cls, data: bytes) -> _Cursor:
+        import io
+
+        return cls(io.BytesIO(data), Path(os.devnull), len(data))
+
+    def fail(self, field: str, why: str) -> Any:
+        raise ModelError(
+            f"{self._path} is not a sound GGUF file.",
+            why=f"{field} at byte {self.position}: {why}.",
+            remedy="Download it again, from the model's own publisher.",
+        )
+
+    def _need(self, count: int, field: str) -> None:
+        end = self.position + count
+        if end > self._limit:
+            self.fail(field, "the file ends within it")
+        while len(self._buffer) < end:
+            chunk = self._file.read(max(CHUNK_BYTES, end - len(self._buffer)))
+            if not chunk:
+                self.fail(field, "the file ends within it")
+            self._buffer += chunk
+
+    def skip(self, count: int, field: str) -> None:
+        self._need(count, field)
+        self.position += count
+
+    def slice(self, start: int) -> bytes:
+        return bytes(self._buffer[start : self.position])
+
+    def take(self, count: int, field: str) -> bytes:
+        start = self.position
+        if start == 0 and self._limit < count:
+            return self._file.read(self._limit)
+        self.skip(count, field)
+        return self.slice(start)
+
+    def scalar(self, code: str, field: str) -> Any:
+        size = struct.calcsize(code)
+        self._need(size, field)
+        value = struct.unpack_from("<" + code, self._buffer, self.position)[0]
+        self.position += size
+        return value
+
+    def count(self, field: str, limit: int) -> int:
+        value: int = self.scalar("Q", field)
+        if value > limit:
+            self.fail(field, f"{value} is more than {limit}")
+        return value
+
+    def string(self, field: str, limit: int = MAX_HEADER_BYTES) -> bytes:
+        return self.take(self.count(f"length of {field}", limit), field)
+
+    def skip_strings(self, count: int, field: str) -> None:
+        """Steps over `count` strings; 8 bytes of length each bound the count before the walk begins."""
+        if count * 8 > self._limit - self.position:
+            self.fail(f"length of {field}", f"{count} strings are longer than the file")
+        unpack = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            self._need(8, field)
+            (length,) = unpack(self._buffer, self.position)
+            self.position += 8
+            self.skip(length, field)

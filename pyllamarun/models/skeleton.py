@@ -1,0 +1,95 @@
+"""Writes skeletons: sparse GGUF files with a model's metadata and tensor table, but without vocabulary and data.
+
+llama.cpp's memory and `llama-quantize --dry-run` come out the same on a skeleton as on the model, and a skeleton of
+any model takes some tens of KiB on disk and milliseconds to load.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pyllamarun.models.gguf import (
+    ARRAY,
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    SCALARS,
+    STRING,
+    TENSOR_TYPES,
+    UINT32,
+    Array,
+    Header,
+    TensorType,
+    Value,
+)
+
+_TYPE_NUMBERS = {tensor_type.name: number for number, tensor_type in TENSOR_TYPES.items()}
+
+
+def write_skeleton(header: Header, path: Path) -> Path:
+    """Writes the skeleton of a model, split models as one file, and returns its path."""
+    metadata = {key: value for key, value in header.metadata.items() if not _is_left_out(key, value)}
+    # With this tokenizer llama.cpp makes up as many tokens as vocab_size says: llama_vocab::impl::load.
+    metadata["tokenizer.ggml.model"] = Value(STRING, "none")
+    metadata[f"{header.architecture}.vocab_size"] = Value(UINT32, _vocabulary_size(header))
+    metadata["general.alignment"] = Value(UINT32, DEFAULT_ALIGNMENT)
+    return write_sparse(path, metadata, ((tensor.name, tensor.type, tensor.shape) for tensor in header.tensors))
+
+
+def _is_left_out(key: str, value: Value) -> bool:
+    if key.startswith("split."):
+        return True
+    return key.startswith("tokenizer.") and (isinstance(value.data, Array) or "chat_template" in key)
+
+
+def _vocabulary_size(header: Header) -> int:
+    if header.vocabulary_size:
+        return header.vocabulary_size
+    embedding = next((t for t in header.tensors if t.name == "token_embd.weight"), None)
+    return embedding.shape[-1] if embedding else 0
+
+
+def write_sparse(
+    path: Path, metadata: Mapping[str, Value], tensors: Iterable[tuple[str, TensorType, tuple[int, ...]]]
+) -> Path:
+    """Writes a GGUF v3 file whose tensor data is a hole of the right size."""
+    table = bytearray()
+    offset = count = 0
+    for name, tensor_type, shape in tensors:
+        table += _string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+        table += struct.pack("<IQ", _TYPE_NUMBERS[tensor_type.name], offset)
+        elements = 1
+        for dimension in shape:
+            elements *= dimension
+        size_bytes = elements // tensor_type.block_size * tensor_type.block_bytes
+        offset += _padded(size_bytes)
+        count += 1
+    head = bytearray(MAGIC + struct.pack("<IQQ", 3, count, len(metadata)))
+    for key, value in metadata.items():
+        head += _string(key) + struct.pack("<I", value.type) + _encoded(value)
+    head += table
+    data_start = _padded(len(head))
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(data_start + offset)
+    return path
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8", "replace")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _encoded(value: Value) -> bytes:
+    data: Any = value.data
+    if value.type == STRING:
+        return _string(data)
+    if value.type == ARRAY:
+        return struct.pack("<IQ", data.element_type, data.count) + bytes(data.raw)
+    return struct.pack("<" + SCALARS[value.type], data)

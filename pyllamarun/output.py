@@ -1,0 +1,78 @@
+"""Prints.  The only module that writes results to stdout and messages to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pyllamarun import __version__
+from pyllamarun.errors import PyllamarunError
+
+SCHEMA = 1
+
+
+def envelope(kind: str, data: Any) -> dict[str, Any]:
+    """The one shape of everything that --json prints."""
+    return {"pyllamarun": __version__, "kind": kind, "schema": SCHEMA, "ok": True, "data": data, "error": None}
+
+
+def error_envelope(kind: str, error: PyllamarunError) -> dict[str, Any]:
+    fields = {"code": error.code, "exit_code": error.exit_code}
+    fields |= {"what": error.what, "why": error.why, "remedy": error.remedy}
+    return {"pyllamarun": __version__, "kind": kind, "schema": SCHEMA, "ok": False, "data": None, "error": fields}
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
+
+
+def print_text(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def write(text: str) -> None:
+    """A piece of a result that is printed as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A message beside the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_error(error: PyllamarunError) -> None:
+    note(f"pyllamarun: {error.what}")
+    for text in (error.why, error.remedy):
+        for line in text.splitlines():
+            note(f"  {line}")
+
+
+def table(rows: Iterable[Sequence[str]], *, header: Sequence[str] = (), right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell; those in `right` are aligned to the right."""
+    lines = [list(row) for row in rows]
+    if header:
+        lines.insert(0, list(header))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
+    printed = []
+    for line in lines:
+        cells = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(line)]
+        printed.append("  ".join(cells).rstrip())
+    return "\n".join(printed)
+
+
+@contextmanager
+def progress(unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, where that is a terminal; call it with (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance

@@ -1,0 +1,155 @@
+"""A plan: which command runs the model, and what it takes.  What `plan --json` prints is what `serve` executes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pyllamarun.machine.host import Memory
+from pyllamarun.models.gguf import Header
+from pyllamarun.plan.place import Ask, Limit, Placement, place, resolve_limits
+from pyllamarun.plan.probe import Device
+from pyllamarun.plan.request import Request
+from pyllamarun.units import format_size
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """One GPU, in bytes.  total = weights + context + compute + projector + overhead, and total <= budget."""
+
+    name: str
+    description: str
+    budget_bytes: int
+    weights_bytes: int
+    context_bytes: int
+    compute_bytes: int
+    projector_bytes: int
+    overhead_bytes: int
+    overhead_source: str
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """Host memory, in bytes, by kind of buffer.
+
+    mapped: weights in the page cache of the file, which must stay resident; pinned: page-locked for the GPU; repacked:
+    weights in the CPU backend's own layout; context and compute: plain memory.
+    """
+
+    mapped_bytes: int
+    pinned_bytes: int
+    repacked_bytes: int
+    weights_bytes: int
+    context_bytes: int
+    compute_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    model_name: str
+    architecture: str
+    weights_bytes: int
+    argv: tuple[str, ...]
+    gpu_layers: int
+    layers: int
+    context_tokens: int
+    slot_context_tokens: int
+    trained_context_tokens: int
+    slots: int
+    worst_prompt_tokens: int
+    devices: tuple[DevicePlan, ...]
+    host: HostPlan
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(header: Header, request: Request, devices: Sequence[Device], memory: Memory, ask: Ask) -> Plan:
+    """Places the model and describes the result.  `ask` answers for arguments that name the model by its path."""
+    limits = resolve_limits(request, devices)
+    model = str(header.path)
+    placement = place(model, request, limits, ask)
+    answer = placement.answer
+    host = _host_plan(placement)
+    return Plan(
+        model=model,
+        model_name=header.name,
+        architecture=header.architecture,
+        weights_bytes=header.weights_bytes,
+        argv=("llama-server", *placement.arguments),
+        gpu_layers=placement.gpu_layers,
+        layers=answer.offloadable_layers,
+        context_tokens=answer.context_tokens,
+        slot_context_tokens=answer.slot_context_tokens,
+        trained_context_tokens=answer.trained_context_tokens,
+        slots=answer.slots,
+        worst_prompt_tokens=answer.worst_prompt_tokens,
+        devices=tuple(_device_plan(placement, limit) for limit in limits),
+        host=host,
+        warnings=tuple(_warnings(placement, host, memory, header.path)),
+    )
+
+
+def _device_plan(placement: Placement, limit: Limit) -> DevicePlan:
+    answer, name = placement.answer, limit.device.name
+    return DevicePlan(
+        name=name,
+        description=limit.device.description,
+        budget_bytes=limit.budget_bytes,
+        weights_bytes=answer.bytes(device=name, use="weights"),
+        context_bytes=answer.bytes(device=name, use="context"),
+        compute_bytes=answer.bytes(device=name, use="compute"),
+        projector_bytes=answer.bytes(device=name, use="total"),
+        overhead_bytes=limit.overhead_bytes,
+        overhead_source=limit.overhead_source,
+        total_bytes=placement.used_bytes(limit),
+    )
+
+
+def _host_plan(placement: Placement) -> HostPlan:
+    answer = placement.answer
+    return HostPlan(
+        mapped_bytes=answer.bytes(device="CPU", kind="mapped"),
+        pinned_bytes=answer.bytes(device="CPU", kind="pinned"),
+        repacked_bytes=answer.bytes(device="CPU", kind="repacked"),
+        weights_bytes=answer.bytes(device="CPU", use="weights", kind="host"),
+        context_bytes=answer.bytes(device="CPU", use="context", kind="host"),
+        compute_bytes=answer.bytes(device="CPU", use="compute", kind="host"),
+        total_bytes=answer.bytes(device="CPU"),
+    )
+
+
+def _warnings(placement: Placement, host: HostPlan, memory: Memory, path: Path) -> list[str]:
+    answer = placement.answer
+    warnings = []
+    for limit in placement.limits:
+        if limit.limit_bytes < limit.budget_bytes:
+            warnings.append(
+                f"{limit.device.name}: {format_size(limit.limit_bytes)} are free now, less than the budget of "
+                f"{format_size(limit.budget_bytes)}; the plan keeps to what is free."
+            )
+        if placement.used_bytes(limit) > limit.limit_bytes:
+            warnings.append(f"{limit.device.name}: this does not fit, and was forced.")
+    if answer.trained_context_tokens and answer.slot_context_tokens > answer.trained_context_tokens:
+        warnings.append(
+            f"A slot's context of {answer.slot_context_tokens:,} tokens is longer than the "
+            f"{answer.trained_context_tokens:,} that the model was trained with."
+        )
+    available = min(memory.available_bytes, memory.limit_bytes or memory.available_bytes)
+    if host.total_bytes > available:
+        anonymous = host.total_bytes - host.mapped_bytes
+        consequence = (
+            f"the part of {path.name} that does not stay in memory is read from disk again for every token"
+            if anonymous <= available
+            else "the rest would have to be swapped"
+        )
+        warnings.append(
+            f"{format_size(host.total_bytes)} of RAM are needed and {format_size(available)} are available: {consequence}."
+        )
+    return warnings

@@ -1,0 +1,131 @@
+"""Talks to the memory probe: one question, one answer, in llama.cpp's own bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyllamarun.errors import BinaryError, PyllamarunError
+
+
+class Refused(PyllamarunError):
+    """llama-server would refuse these arguments or this model."""
+
+    exit_code = 6
+    code = "refused"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of one use in one buffer type; the fields are the probe's, see native/probe/measure.h."""
+
+    device: str
+    buffer: str
+    part: str
+    use: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What llama-server would allocate with the arguments that were asked about."""
+
+    layers: int
+    nextn_layers: int
+    context_tokens: int
+    slot_context_tokens: int
+    slots: int
+    trained_context_tokens: int
+    experts: int
+    buffers: tuple[Buffer, ...]
+    worst_prompt_tokens: int
+
+    @property
+    def offloadable_layers(self) -> int:
+        """The -ngl that offloads everything: repeating layers, multi-token prediction layers, and the output."""
+        return self.layers + self.nextn_layers + 1
+
+    def bytes(self, *, device: str | None = None, use: str | None = None, kind: str | None = None) -> int:
+        """The sum over the buffers that match."""
+        return sum(
+            buffer.bytes
+            for buffer in self.buffers
+            if (device is None or buffer.device == device)
+            and (use is None or buffer.use == use or (use == "compute" and buffer.use == "compute_growth"))
+            and (kind is None or buffer.kind == kind)
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as ggml lists it."""
+
+    name: str
+    description: str
+    backend: str
+    type: str
+    free_bytes: int
+    total_bytes: int
+
+
+class Probe:
+    """A running pyllamarun-probe; `process` has pipes for stdin and stdout."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.questions = 0
+
+    def ask(self, arguments: Sequence[str]) -> Answer:
+        """Raises Refused with llama.cpp's reason, or BinaryError when the probe died."""
+        self.questions += 1
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(list(arguments)) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise BinaryError(
+                "The memory probe ended without an answer.",
+                why=f"Exit status {self._process.poll()}, asked about: {' '.join(arguments)}",
+                remedy="Run `pyllamarun doctor`.",
+            )
+        return _answer(json.loads(line))
+
+
+def _answer(data: dict[str, object]) -> Answer:
+    if "error" in data:
+        log = data.get("log")
+        lines = [str(line) for line in log] if isinstance(log, list) else []
+        raise Refused(f"{data['error']}.", why="\n".join(lines))
+    raw = data["buffers"]
+    assert isinstance(raw, list)
+    names = ("device", "buffer", "part", "use", "kind", "bytes")
+    return Answer(
+        layers=_integer(data, "n_layer"),
+        nextn_layers=_integer(data, "n_layer_nextn"),
+        context_tokens=_integer(data, "n_ctx"),
+        slot_context_tokens=_integer(data, "n_ctx_slot"),
+        slots=_integer(data, "n_slots"),
+        trained_context_tokens=_integer(data, "n_ctx_train"),
+        experts=_integer(data, "n_expert"),
+        buffers=tuple(Buffer(**{name: entry[name] for name in names}) for entry in raw),
+        worst_prompt_tokens=max((entry.get("worst_prompt_tokens", 0) for entry in raw), default=0),
+    )
+
+
+def _integer(data: dict[str, object], key: str) -> int:
+    value = data[key]
+    assert isinstance(value, int)
+    return value
+
+
+def parse_devices(text: str) -> tuple[Device, ...]:
+    """What `pyllamarun-probe --devices` prints, GPUs only."""
+    names = ("name", "description", "backend", "type", "free_bytes", "total_bytes")
+    devices = (Device(**{name: entry[name] for name in names}) for entry in json.loads(text))
+    return tuple(device for device in devices if device.type == "gpu")

@@ -1,0 +1,103 @@
+"""What a user asks of a plan: budgets, context, slots, what is fixed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyllamarun.errors import UsageError
+from pyllamarun.units import MIB, format_size, parse_size
+
+DEFAULT_CONTEXT_TOKENS = 4096  # upstream's own smallest for --fit
+# What a process holds on a CUDA card besides llama.cpp's buffers, as long as nobody has measured it on this machine:
+# the context with its module code (200 to 300 MiB on GeForce cards), and a scratch pool (4 to 64 MiB).
+ASSUMED_CONTEXT_BYTES = 300 * MIB
+ASSUMED_POOL_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True)
+class VirtualGpu:
+    """A card that is not here: its size, and what its driver and context would hold."""
+
+    total_bytes: int
+    reserved_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"virtual {format_size(self.total_bytes)} GPU"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper bound on what the process may hold on one GPU, as it was typed.
+
+    kind: "bytes" (amount), "percent" of the card's memory, or "max": all that is free now, less amount.
+    """
+
+    kind: str
+    amount: float
+
+    def resolve(self, total_bytes: int, free_bytes: int) -> int:
+        """Bytes, for a card of that size with that much free now."""
+        if self.kind == "percent":
+            return int(total_bytes * self.amount / 100)
+        if self.kind == "max":
+            return max(0, free_bytes - int(self.amount))
+        return int(self.amount)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One model, to be placed.
+
+    `passthrough` is what the user wrote after `--`: it goes to llama.cpp as it stands, after our own arguments, and so
+    wins over them.
+    """
+
+    context_tokens: int
+    slots: int = 1
+    budgets: tuple[Budget, ...] = ()
+    overhead_bytes: int | None = None
+    passthrough: tuple[str, ...] = ()
+    force: bool = False
+
+
+def parse_budgets(text: str) -> tuple[Budget, ...]:
+    """Budgets by GPU: "11.5GiB", "95%", "max", "max-300MiB", or several with commas."""
+    return tuple(_parse_budget(part.strip()) for part in text.split(","))
+
+
+def _parse_budget(text: str) -> Budget:
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    if percent:
+        if not 0 < float(percent[1]) <= 100:
+            raise UsageError(f'"{text}" is not between 0% and 100%.')
+        return Budget("percent", float(percent[1]))
+    if text.lower() == "max":
+        return Budget("max", 0)
+    if text.lower().startswith("max-"):
+        return Budget("max", parse_size(text[4:]))
+    return Budget("bytes", parse_size(text))
+
+
+def parse_virtual_gpus(text: str, reserved_bytes: int) -> tuple[VirtualGpu, ...]:
+    """Virtual cards: "12GiB" or "12GiB,8GiB"."""
+    gpus = tuple(VirtualGpu(parse_size(part), reserved_bytes) for part in text.split(","))
+    for gpu in gpus:
+        if gpu.total_bytes < MIB:
+            raise UsageError(f"A virtual GPU of {format_size(gpu.total_bytes)} is too small to be one.")
+    return gpus
+
+
+def fixed_value(arguments: Sequence[str], *names: str) -> str | None:
+    """The value that the last of these options has in `arguments`: `-ngl 20`, `--gpu-layers=20`; None if absent."""
+    value = None
+    for position, argument in enumerate(arguments):
+        name, equals, attached = argument.partition("=")
+        if name in names:
+            if equals:
+                value = attached
+            elif position + 1 < len(arguments):
+                value = arguments[position + 1]
+    return value

@@ -1,0 +1,1 @@
+"""Doing it: the llama.cpp programs, the processes, the server."""

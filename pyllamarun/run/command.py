@@ -1,0 +1,41 @@
+"""The environment and command lines of the llama.cpp programs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+
+from pyllamarun.plan.request import VirtualGpu
+from pyllamarun.run.binaries import VIRTUAL_GPU, Binaries
+from pyllamarun.units import MIB
+
+
+def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] = ()) -> dict[str, str]:
+    """This process's environment, for a llama.cpp program; with virtual GPUs, they are the only cards it sees."""
+    result = dict(os.environ)
+    result["GGML_NO_BACKTRACE"] = "1"  # llama.cpp would attach a debugger to itself when it aborts
+    result.pop("GGML_BACKEND_PATH", None)
+    if virtual_gpus:
+        result["GGML_BACKEND_PATH"] = str(binaries.path(VIRTUAL_GPU))
+        result["PYLLAMARUN_VIRTUAL_GPUS"] = ",".join(_mib(gpu.total_bytes) for gpu in virtual_gpus)
+        result["PYLLAMARUN_VIRTUAL_RESERVED"] = _mib(virtual_gpus[0].reserved_bytes)
+        result["PYLLAMARUN_VIRTUAL_NAMES"] = ";".join(gpu.name for gpu in virtual_gpus)
+        result["CUDA_VISIBLE_DEVICES"] = ""
+        result["GGML_VK_VISIBLE_DEVICES"] = ""
+    return result
+
+
+def _mib(size_bytes: int) -> str:
+    """MiB that give back the same bytes when they are read as a floating point number."""
+    return repr(size_bytes / MIB).removesuffix(".0")
+
+
+def shell_line(argv: Sequence[str], virtual_gpus: Sequence[VirtualGpu] = (), binaries: Binaries | None = None) -> str:
+    """A command line that a person can paste, with the variables that virtual GPUs need."""
+    line = shlex.join(argv)
+    if virtual_gpus and binaries:
+        names = ("GGML_BACKEND_PATH", "PYLLAMARUN_VIRTUAL_GPUS", "PYLLAMARUN_VIRTUAL_RESERVED")
+        values = environment(binaries, virtual_gpus)
+        line = " ".join(f"{name}={shlex.quote(values[name])}" for name in names) + " " + line
+    return line

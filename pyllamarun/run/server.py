@@ -1,0 +1,117 @@
+"""Starts llama-server, waits until it is ready, and runs it until it ends or is to end."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from pyllamarun.errors import DoesNotFit, ServerError
+
+Running = Callable[..., AbstractContextManager["subprocess.Popen[str]"]]
+
+POLL_SECONDS = 0.1
+LAST_LINES = 8
+
+# llama.cpp's words when memory runs out: ggml-cuda's and the virtual GPU's allocation, and ggml-alloc's.
+_OUT_OF_MEMORY = re.compile(
+    r"allocating ([\d.]+) MiB on device \d+: .*out of memory|failed to allocate (?:\w+ )?buffer|unable to allocate",
+    re.IGNORECASE,
+)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ServerError when something listens there already: nothing is loaded for a server that cannot be reached."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"{host}:{port} cannot be used.",
+                why=error.strerror or str(error),
+                remedy=f"Take another port: --port {port + 1}",
+            ) from None
+
+
+def is_listening(process: subprocess.Popen[str], port: int) -> bool:
+    """Whether *this* process listens on the port; that something answers there says nothing."""
+    import psutil
+
+    try:
+        connections = psutil.Process(process.pid).net_connections(kind="tcp")
+    except (psutil.Error, AttributeError):
+        return False
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+
+
+def is_healthy(host: str, port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{_address(host)}:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def serve(
+    running: Running,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    host: str,
+    port: int,
+    announce: Callable[[str], None],
+    log: Callable[[str], None],
+) -> None:
+    """Runs llama-server until it ends, which is an error: whoever wants it to end leaves by an exception.
+
+    `announce` gets one line when our own server answers, `log` each line of its log.  There is no time limit for
+    loading: a large model on a slow disk takes many minutes, and the log shows it.
+    """
+    lines: deque[str] = deque(maxlen=200)
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    with running(argv, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        reader = threading.Thread(target=_relay, args=(process, lines, log), daemon=True)
+        reader.start()
+        while process.poll() is None:
+            if is_listening(process, port) and is_healthy(reachable, port):
+                announce(f"ready: http://{_address(reachable)}:{port}")
+                process.wait()
+            time.sleep(POLL_SECONDS)
+        reader.join(timeout=5)
+        raise failure(process.returncode, lines)
+
+
+def _relay(process: subprocess.Popen[str], lines: deque[str], log: Callable[[str], None]) -> None:
+    assert process.stdout
+    try:
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            log(lines[-1])
+    except ValueError:  # closed while the server was being stopped
+        pass
+
+
+def _address(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def failure(status: int, lines: deque[str]) -> ServerError | DoesNotFit:
+    """The error for a program that ended on its own, by what it said last."""
+    text = "\n".join(lines)
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    if _OUT_OF_MEMORY.search(text):
+        sizes = re.findall(r"allocating ([\d.]+) MiB", text)
+        return DoesNotFit(
+            f"The GPU's memory ran out{f' when {sizes[-1]} MiB were to be allocated' if sizes else ''}.",
+            why="\n".join(list(lines)[-LAST_LINES:]),
+            remedy="Free VRAM held by other programs, or give a smaller --vram.",
+        )
+    return ServerError(f"It ended {how}.", why="\n".join(list(lines)[-LAST_LINES:]), remedy="Run `pyllamarun doctor`.")
