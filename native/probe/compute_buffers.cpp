@@ -99,7 +99,8 @@ void fill_a_slot(llama_context & context, const Visit & visit) {
             memory->apply();
             const uint32_t n_ubatch = memory->get_ubatch().n_tokens;
             for (uint32_t tokens : sampled_sizes(n, count, n_ubatch)) {
-                visit(Shape{tokens, 1, 1}, filled + tokens, memory.get());
+                const uint32_t outputs = params.embeddings ? tokens : 1;
+                visit(Shape{tokens, 1, outputs}, filled + tokens, memory.get());
             }
             filled += n_ubatch;
             n++;

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import click
@@ -14,6 +16,15 @@ from pyllamarun.errors import PyllamarunError
 
 COMMANDS = ("doctor", "plan", "quantize", "run", "serve")
 INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM.  Like KeyboardInterrupt no Exception: on its way out, everything that a command started is stopped."""
+
+
+def _terminate(_: int, __: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 class LazyGroup(click.Group):
@@ -59,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         result: Any = group.main(arguments, prog_name="pyllamarun", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -71,6 +83,8 @@ def _exit_code(arguments: list[str]) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
+    except Terminated:
+        return TERMINATED
     except PyllamarunError as error:
         return _report(error, arguments)
     except BrokenPipeError:

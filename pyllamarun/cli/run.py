@@ -12,13 +12,12 @@ from pyllamarun.cli.options import PlanOptions, dry_run, planning
 @click.option("-p", "--prompt", required=True, help="What to ask the model; `-` reads it from stdin.")
 @click.option("-n", "--predict", metavar="TOKENS", type=int, default=None, help="The longest answer.")
 @dry_run
-def command(options: PlanOptions, prompt: str, predict: int | None, dry_run: bool) -> int:
+def command(options: PlanOptions, prompt: str, predict: int | None, dry_run: bool) -> None:
     """Plans MODEL, answers one prompt with it, and prints the answer to stdout as it comes."""
     import sys
 
     from pyllamarun import output
     from pyllamarun.cli.planning import plan_model
-    from pyllamarun.cli.signals import stopped_by_signals
     from pyllamarun.errors import UsageError
     from pyllamarun.run.answer import cli_arguments, stream_answer
     from pyllamarun.run.process import running
@@ -31,9 +30,7 @@ def command(options: PlanOptions, prompt: str, predict: int | None, dry_run: boo
     argv = planned.argv("llama-cli", *cli_arguments(prompt, predict))
     if dry_run:
         output.print_text(planned.shell_line(argv))
-        return 0
+        return
     for warning in planned.plan.warnings:
         output.note(f"warning: {warning}")
-    with stopped_by_signals() as signals:
-        stream_answer(running, argv, planned.environment(), output.write)
-    return signals.exit_code
+    stream_answer(running, argv, planned.environment(), output.write)

@@ -78,6 +78,8 @@ def default_target(source: Header, type_name: str) -> Path:
 
 def check_target(source: Header, target: Path, type_name: str) -> None:
     """Raises UsageError where writing would lose or repeat something."""
+    if source.file_type == type_name:
+        raise UsageError(f"{source.path} is {type_name} already.", remedy="Take it as it is.")
     if any(target.resolve() == part.resolve() for part in source.parts):
         raise UsageError("The target is the source.", remedy="Name another file with -o.")
     if target.exists():
@@ -87,8 +89,6 @@ def check_target(source: Header, target: Path, type_name: str) -> None:
         )
     if not target.parent.is_dir():
         raise UsageError(f"There is no folder {target.parent}.", remedy=f"mkdir -p {target.parent}")
-    if source.file_type == type_name:
-        raise UsageError(f"{source.path} is {type_name} already.", remedy="Take it as it is.")
 
 
 def quality_warning(type_name: str, source: Header) -> str:

