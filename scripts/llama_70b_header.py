@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyllamarun.models.gguf import TENSOR_TYPES, TensorType, Value
+from pyllamarun.models.gguf import Value
 from pyllamarun.models.skeleton import write_sparse
+from pyllamarun.models.types import TENSOR_TYPES, TensorType
 
 LAYERS, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 80, 8192, 28672, 64, 8, 128, 128256
 TYPES = {tensor_type.name: tensor_type for tensor_type in TENSOR_TYPES.values()}

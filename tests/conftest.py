@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 import synthetic  # noqa: E402
 from harness import Machine  # noqa: E402
+
 from pyllamarun.run.binaries import Binaries, find_binaries  # noqa: E402
 
 

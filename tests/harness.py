@@ -34,7 +34,9 @@ def free_port() -> int:
         return port
 
 
-def run_cli(*arguments: str | Path, timeout: float = 120.0, **environment_changes: str) -> subprocess.CompletedProcess[str]:
+def run_cli(
+    *arguments: str | Path, timeout: float = 120.0, **environment_changes: str
+) -> subprocess.CompletedProcess[str]:
     """Runs the installed `pyllamarun`."""
     return subprocess.run(
         [PYLLAMARUN, *map(str, arguments)],

@@ -27,7 +27,6 @@ def command(virtual_gpu: str | None, as_json: bool) -> int:
 
     survey, memory, cpu, disk = survey_gpus(), read_memory(), read_cpu(), read_disk(paths.models_folder())
     rows: list[checkup.Row] = []
-    data = {"gpus": survey, "memory": memory, "cpu": cpu, "disk": disk}
     try:
         binaries = find_binaries()
         devices = list_devices(binaries, parse_virtual(virtual_gpu, None))
@@ -45,7 +44,7 @@ def command(virtual_gpu: str | None, as_json: bool) -> int:
         program_rows = [checkup.Row(checkup.FAILURE, "binaries", error.what, error.remedy)]
     rows += checkup.check_memory(memory) + checkup.check_cpu(cpu) + checkup.check_disk(disk) + program_rows
     if as_json:
-        facts = {name: asdict(value) for name, value in data.items()}
+        facts = {"gpus": asdict(survey), "memory": asdict(memory), "cpu": asdict(cpu), "disk": asdict(disk)}
         output.print_json(output.envelope("doctor", {"rows": [asdict(row) for row in rows], **facts}))
     else:
         output.print_text(output.table([[row.status, row.topic, row.text] for row in rows]))

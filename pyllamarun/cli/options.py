@@ -50,9 +50,7 @@ def planning(function: Function) -> Function:
         "-c", "--context", metavar="TOKENS", type=click.IntRange(min=1), default=4096, show_default=True,
         help="Context, shared by the slots.",
     )  # fmt: skip
-    @click.option(
-        "--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Requests served at once."
-    )
+    @click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Requests served at once.")
     @click.option(
         "--overhead", metavar="SIZE", default=None,
         help="What the process holds on each GPU besides llama.cpp's buffers.  Default: 364MiB, assumed.",

@@ -95,5 +95,7 @@ def list_devices(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu]) -> tupl
 @contextmanager
 def open_probe(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu]) -> Iterator[Probe]:
     argv, pipe = [binaries.path(PROBE)], subprocess.PIPE
-    with running(argv, environment(binaries, virtual_gpus), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+    with running(
+        argv, environment(binaries, virtual_gpus), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
+    ) as process:
         yield Probe(process)

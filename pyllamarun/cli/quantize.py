@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -42,7 +44,7 @@ def command(
     quantizer = binaries.path("llama-quantize")
     variables = environment(binaries)
 
-    def start(argv: list[str]) -> AbstractContextManager[subprocess.Popen[str]]:
+    def start(argv: Sequence[str]) -> AbstractContextManager[subprocess.Popen[str]]:
         return running(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     _, help_text = output_of([quantizer, "--help"], variables)
@@ -66,7 +68,7 @@ def command(
     with output.progress("tensors", len(source.tensors)) as advance:
         result = quantizing.quantize(start, quantizer, source, target, type_name, threads, advance)
     if as_json:
-        data = {name: value for name, value in vars(result).items()} | {"warnings": warning.splitlines()}
+        data = asdict(result) | {"warnings": warning.splitlines()}
         output.print_json(output.envelope("quantize", data))
         return
     output.print_text(

@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # The instruction sets that ggml-cpu has kernels for.
-ISA = ("avx", "avx2", "fma", "f16c", "bmi2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8")
+ISA = (
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "bmi2",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+)
 
 
 @dataclass(frozen=True)

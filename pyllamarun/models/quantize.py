@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllamarun.errors import BinaryError, ModelError, UsageError
-from pyllamarun.models.gguf import FILE_TYPES, Header, read_header
+from pyllamarun.models.gguf import Header, read_header
+from pyllamarun.models.types import FILE_TYPES
 from pyllamarun.units import MIB, format_size
 
 Start = Callable[[Sequence[str]], AbstractContextManager[subprocess.Popen[str]]]
@@ -26,7 +27,9 @@ _TYPE_LINE = re.compile(r"^\s*\d*\s+(?:or\s+)?([A-Z0-9_]+)\s+:", re.MULTILINE)
 _TENSOR_LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]")
 _QUANT_SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
 _FALLBACK = re.compile(r"WARNING: (\d+) of \d+ tensor\(s\) required fallback")
-_FAILURE = re.compile(r"failed to quantize: (.+)|(this quantization requires an importance matrix)|error: (.+)", re.IGNORECASE)
+_FAILURE = re.compile(
+    r"failed to quantize: (.+)|(this quantization requires an importance matrix)|error: (.+)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,7 @@ def quality_warning(type_name: str, source: Header) -> str:
     sentences = []
     if type_name.startswith(LOW_QUALITY):
         sentences.append(
-            f"{type_name} loses much: answers get visibly worse, above all with small models.  "
-            "Take Q3_K_M if it fits."
+            f"{type_name} loses much: answers get visibly worse, above all with small models.  Take Q3_K_M if it fits."
         )
     if source.file_type and source.file_type not in ("F32", "F16", "BF16"):
         sentences.append(
@@ -163,7 +165,7 @@ def _publish(partial: Path, target: Path) -> None:
     except FileExistsError:
         raise UsageError(f"{target} appeared meanwhile; it was left as it is.") from None
     except OSError:  # a file system without hard links
-        os.rename(partial, target)
+        partial.rename(target)
 
 
 def _run(start: Start, argv: Sequence[str], progress: Progress | None) -> tuple[list[str], int]:

@@ -17,13 +17,12 @@ from pyllamarun.models.gguf import (
     MAGIC,
     SCALARS,
     STRING,
-    TENSOR_TYPES,
     UINT32,
     Array,
     Header,
-    TensorType,
     Value,
 )
+from pyllamarun.models.types import TENSOR_TYPES, TensorType
 
 _TYPE_NUMBERS = {tensor_type.name: number for number, tensor_type in TENSOR_TYPES.items()}
 

@@ -70,7 +70,7 @@ def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, 
     if budgets and not used:
         raise UsageError(
             "A VRAM budget was given, and there is no GPU.",
-            remedy="Plan for a card that is not here with --virtual-gpu 12GiB, or leave --vram out to use the CPU alone.",
+            remedy="Plan for a card that is not here with --virtual-gpu 12GiB, or leave --vram out to use the CPU.",
         )
     if len(budgets) not in (0, 1, len(used)):
         raise UsageError(

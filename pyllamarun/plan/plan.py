@@ -149,7 +149,6 @@ def _warnings(placement: Placement, host: HostPlan, memory: Memory, path: Path) 
             if anonymous <= available
             else "the rest would have to be swapped"
         )
-        warnings.append(
-            f"{format_size(host.total_bytes)} of RAM are needed and {format_size(available)} are available: {consequence}."
-        )
+        needed = f"{format_size(host.total_bytes)} of RAM are needed and {format_size(available)} are available"
+        warnings.append(f"{needed}: {consequence}.")
     return warnings

@@ -80,7 +80,8 @@ class Probe:
     def ask(self, arguments: Sequence[str]) -> Answer:
         """Raises Refused with llama.cpp's reason, or BinaryError when the probe died."""
         self.questions += 1
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         try:
             self._process.stdin.write(json.dumps(list(arguments)) + "\n")
             self._process.stdin.flush()

@@ -32,7 +32,7 @@ class AnswerFilter:
     def feed(self, text: str) -> str:
         self._pending += text.replace("\r\n", "\n")
         if not self._answering:
-            before, marker, after = self._pending.partition(self._marker)
+            _, marker, after = self._pending.partition(self._marker)
             if not marker:
                 return ""
             self._answering = True

@@ -22,13 +22,14 @@ LAST_LINES = 8
 
 # llama.cpp's words when memory runs out: ggml-cuda's and the virtual GPU's allocation, and ggml-alloc's.
 _OUT_OF_MEMORY = re.compile(
-    r"allocating ([\d.]+) MiB on device \d+: .*out of memory|failed to allocate (?:\w+ )?buffer|unable to allocate",
+    r"allocating ([\d.]+) MiB on device \d+: .*out of memory"
+    r"|failed to allocate (?:\w+ )?buffer|unable to allocate",
     re.IGNORECASE,
 )
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ServerError when something listens there already: nothing is loaded for a server that cannot be reached."""
+    """Raises ServerError when the port is taken: nothing is loaded for a server that cannot be reached."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import PYLLAMARUN, free_port, read_state, run_cli
+
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.units import GIB, MIB
 
@@ -84,7 +85,7 @@ def test_a_plan_for_people_shows_the_command(smollm2: Path) -> None:
     assert shlex.split(result.stdout.splitlines()[-1])[-2:] == ["-fit", "off"]
 
 
-def test_dry_run_is_the_command_that_works(smollm2: Path, tmp_path: Path) -> None:
+def test_dry_run_is_the_command_that_works(smollm2: Path) -> None:
     result = run_cli("serve", smollm2, *CARD, "--port", "8099", "--dry-run", "--", "--alias", "two words")
     words = shlex.split(result.stdout)
     program = next(i for i, word in enumerate(words) if "=" not in word)
@@ -146,7 +147,10 @@ def test_errors(arguments: list[str], exit_code: int, message: str, smollm2: Pat
 
 
 def test_errors_as_json(smollm2: Path) -> None:
-    for arguments, exit_code in ((["plan", "/nonexistent.gguf"], 2), (["plan", str(smollm2), *CARD, "--vram", "9MiB"], 3)):
+    for arguments, exit_code in (
+        (["plan", "/nonexistent.gguf"], 2),
+        (["plan", str(smollm2), *CARD, "--vram", "9MiB"], 3),
+    ):
         result = run_cli(*arguments, "--json")
         envelope = json.loads(result.stdout)
         assert result.returncode == envelope["error"]["exit_code"] == exit_code
@@ -165,7 +169,7 @@ def test_missing_binaries_say_where_they_were_looked_for(smollm2: Path, tmp_path
 # ------------------------------------------------------------------------------------------------ doctor
 
 
-def test_doctor(binaries: Binaries) -> None:
+def test_doctor() -> None:
     result = run_cli("doctor", "--json", "--virtual-gpu", "12GiB")
     assert result.returncode == 0, result.stdout
     data = json.loads(result.stdout)["data"]
@@ -285,7 +289,9 @@ def test_serve_serves_within_the_plan(smollm2: Path) -> None:
         serving.wait_until_ready()
         body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 24, "temperature": 0}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{serving.port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{serving.port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert "Paris" in json.load(answer)["choices"][0]["message"]["content"]

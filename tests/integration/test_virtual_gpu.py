@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import Machine, read_state
+
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.command import environment
@@ -17,7 +18,10 @@ from pyllamarun.units import MIB
 
 def devices(binaries: Binaries, *gpus: VirtualGpu, **variables: str) -> list[dict[str, object]]:
     result = subprocess.run(
-        [binaries.path(PROBE), "--devices"], env=environment(binaries, gpus) | variables, capture_output=True, check=True
+        [binaries.path(PROBE), "--devices"],
+        env=environment(binaries, gpus) | variables,
+        capture_output=True,
+        check=True,
     )
     found: list[dict[str, object]] = json.loads(result.stdout)
     return [device for device in found if device["type"] == "gpu"]

@@ -13,8 +13,10 @@ import gguf
 import numpy as np
 import pytest
 import synthetic
+
 from pyllamarun.errors import ModelError, PyllamarunError, UsageError
-from pyllamarun.models.gguf import TENSOR_TYPES, Array, read_header
+from pyllamarun.models.gguf import Array, read_header
+from pyllamarun.models.types import TENSOR_TYPES
 from pyllamarun.run.binaries import Binaries
 
 
@@ -140,7 +142,9 @@ def test_hostile_files_are_one_clear_error(content: bytes, tmp_path: Path) -> No
 
 def test_the_hostile_files_differ_from_a_sound_one_only_in_their_fault(tmp_path: Path) -> None:
     path = tmp_path / "sound.gguf"
-    path.write_bytes(file_of(tensors=2, keys=1, body=key(b"k", 4, b"\0" * 4) + tensor() + tensor(b"u", offset=128), data=256))
+    path.write_bytes(
+        file_of(tensors=2, keys=1, body=key(b"k", 4, b"\0" * 4) + tensor() + tensor(b"u", offset=128), data=256)
+    )
     assert len(read_header(path).tensors) == 2
 
 

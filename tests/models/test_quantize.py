@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import PYLLAMARUN, run_cli
+
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.quantize import default_target
 
@@ -90,7 +91,7 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.glob("*.gguf")] == [source.name]
 
 
-def test_a_full_disk_is_noticed_before(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_noticed_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pyllamarun.errors import UsageError
     from pyllamarun.models import quantize
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import synthetic
 from harness import Machine
+
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.run.binaries import Binaries
@@ -53,5 +54,7 @@ def test_the_70b_header_has_the_types_that_llama_quantize_chooses(binaries: Bina
         if line.startswith("[") and "] " in line and "->" in line:
             name = line.split("]")[1].split()[0]
             chosen[name] = line.rsplit("(", 1)[1].rstrip(")").upper()
-    ours = {name: llama_70b_header.q4_k_m(name, shape).name for name, shape in llama_70b_header.shapes() if len(shape) > 1}
+    ours = {
+        name: llama_70b_header.q4_k_m(name, shape).name for name, shape in llama_70b_header.shapes() if len(shape) > 1
+    }
     assert chosen == ours

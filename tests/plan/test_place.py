@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import Machine
+
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.plan.place import Placement, apportion, place, resolve_limits
 from pyllamarun.plan.probe import Answer, Device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from pyllamarun.errors import UsageError
 from pyllamarun.plan.request import Budget, fixed_value, parse_budgets, parse_virtual_gpus
 from pyllamarun.units import GIB, MIB, format_size, parse_size
