@@ -63,6 +63,19 @@ set(GGML_VULKAN OFF)
 set(PYLLAMARUN_CUDA_VERSION "")
 set(PYLLAMARUN_TOOLKIT "")
 if(PYLLAMARUN_CHOSEN_BACKEND STREQUAL "cuda")
+  include(CudaToolkit)          # -> CUDAToolkit_ROOT, CMAKE_CUDA_COMPILER, or PYLLAMARUN_NO_CUDA
+  if(PYLLAMARUN_NO_CUDA)
+    string(CONCAT remedy "Install NVIDIA's CUDA 12 toolkit with cuBLAS and set CUDA_PATH to it, or update the driver where "
+                         "that is what is too old, or build with PYLLAMARUN_BACKEND=vulkan.")
+    if(PYLLAMARUN_BACKEND STREQUAL "cuda")
+      message(FATAL_ERROR "No CUDA toolkit for this machine: ${PYLLAMARUN_NO_CUDA}, and none is installed.  ${remedy}")
+    endif()
+    message(WARNING "Building for the CPU: ${PYLLAMARUN_NO_CUDA}, and no CUDA toolkit is installed.  ${remedy}")
+    set(PYLLAMARUN_CHOSEN_BACKEND "cpu")
+    set(PYLLAMARUN_TOOLKIT "")
+  endif()
+endif()
+if(PYLLAMARUN_CHOSEN_BACKEND STREQUAL "cuda")
   set(GGML_CUDA ON)
   set(GGML_CUDA_NCCL OFF)       # an optional library of the build machine: the wheel must not come to depend on it
   if(PYLLAMARUN_CUDA_ARCHITECTURES)
@@ -71,7 +84,6 @@ if(PYLLAMARUN_CHOSEN_BACKEND STREQUAL "cuda")
     # What "native" stands for, without running a program on the card; ggml-cuda turns 12X into 12Xa by itself.
     string(REGEX REPLACE "([0-9]+)\\.([0-9]+)" "\\1\\2-real" CMAKE_CUDA_ARCHITECTURES "${NVIDIA_COMPUTE_CAPABILITIES}")
   endif()
-  include(CudaToolkit)          # -> CUDAToolkit_ROOT, CMAKE_CUDA_COMPILER
 elseif(PYLLAMARUN_CHOSEN_BACKEND STREQUAL "vulkan")
   set(GGML_VULKAN ON)
   find_package(Vulkan COMPONENTS glslc)
