@@ -49,7 +49,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def path_of(name: str) -> Path:
         path = folder / f"{name}.gguf"
-        return path if path.exists() else synthetic.write(synthetic.ARCHITECTURES[name](), path)
+        specs = synthetic.ARCHITECTURES | synthetic.OTHERS
+        return path if path.exists() else synthetic.write(specs[name](), path)
 
     return path_of
 

@@ -124,11 +124,13 @@ class Machine:
         return self._probe.ask(arguments)
 
     @contextmanager
-    def serve(self, arguments: Sequence[str]) -> Iterator[RunningServer]:
+    def serve(self, arguments: Sequence[str], *, warmup: bool = False) -> Iterator[RunningServer]:
         """A real llama-server with these arguments, ready."""
+        if not warmup:
+            arguments = [*arguments, "--no-warmup"]
         with tempfile.TemporaryDirectory() as folder:
             state, log, port = Path(folder) / "state", Path(folder) / "log", free_port()
-            argv = [str(self._binaries.path("llama-server")), *arguments, "--port", str(port), "--no-warmup", "-t", "2"]
+            argv = [str(self._binaries.path("llama-server")), *arguments, "--port", str(port), "-t", "2"]
             variables = environment(self._binaries, self._gpus) | {"PYLLAMARUN_VIRTUAL_STATE": str(state)}
             with log.open("w") as file, running(argv, variables, stdout=file, stderr=file) as process:
                 server = RunningServer(process, port, state, log)

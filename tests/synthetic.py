@@ -320,6 +320,60 @@ def jamba() -> Spec:
     return spec
 
 
+def deepseek2_mtp() -> Spec:
+    """With one more layer, which predicts a second token (multi-token prediction)."""
+    spec = deepseek2()
+    last, extra = f"blk.{spec.n_layer - 1}.", f"blk.{spec.n_layer}."
+    for name, tensor in list(spec.tensors.items()):
+        if name.startswith(last):
+            spec.tensors[name.replace(last, extra)] = tensor
+    spec.block(spec.n_layer, "nextn.eh_proj.weight", 2 * spec.n_embd, spec.n_embd)
+    spec.block(spec.n_layer, "nextn.enorm.weight", spec.n_embd)
+    spec.block(spec.n_layer, "nextn.hnorm.weight", spec.n_embd)
+    spec.metadata |= {"block_count": spec.n_layer + 1, "nextn_predict_layers": 1}
+    return spec
+
+
+def projector() -> Spec:
+    """A vision tower for gemma3: an mmproj file."""
+    width, hidden, layers, image, patch = 256, 512, 3, 224, 14
+    spec = Spec("clip")
+    spec.metadata |= {
+        "has_vision_encoder": True,
+        "projector_type": "gemma3",
+        "use_gelu": True,
+        "vision.embedding_length": width,
+        "vision.feed_forward_length": hidden,
+        "vision.block_count": layers,
+        "vision.projection_dim": 256,
+        "vision.image_size": image,
+        "vision.patch_size": patch,
+        "vision.attention.head_count": 4,
+        "vision.attention.layer_norm_epsilon": 1e-6,
+        "vision.image_mean": [0.5, 0.5, 0.5],
+        "vision.image_std": [0.5, 0.5, 0.5],
+    }
+    spec.add("v.patch_embd.weight", patch, patch, 3, width, type="F16")
+    spec.add("v.patch_embd.bias", width)
+    spec.add("v.position_embd.weight", width, (image // patch) ** 2, type="F32")
+    for layer in range(layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            spec.add(f"v.blk.{layer}.{name}.weight", width, width, type="F16")
+            spec.add(f"v.blk.{layer}.{name}.bias", width)
+        for name in ("ln1", "ln2"):
+            spec.add(f"v.blk.{layer}.{name}.weight", width)
+            spec.add(f"v.blk.{layer}.{name}.bias", width)
+        spec.add(f"v.blk.{layer}.ffn_up.weight", width, hidden, type="F16")
+        spec.add(f"v.blk.{layer}.ffn_up.bias", hidden)
+        spec.add(f"v.blk.{layer}.ffn_down.weight", hidden, width, type="F16")
+        spec.add(f"v.blk.{layer}.ffn_down.bias", width)
+    spec.add("v.post_ln.weight", width)
+    spec.add("v.post_ln.bias", width)
+    spec.add("mm.input_projection.weight", 256, width, type="F16")
+    spec.add("mm.soft_emb_norm.weight", width)
+    return spec
+
+
 ARCHITECTURES: dict[str, Callable[[], Spec]] = {
     "llama": llama,
     "llama-k-quants": llama_k_quants,
@@ -338,6 +392,9 @@ ARCHITECTURES: dict[str, Callable[[], Spec]] = {
 }
 
 
+OTHERS: dict[str, Callable[[], Spec]] = {"deepseek2-mtp": deepseek2_mtp, "projector": projector}
+
+
 def write(spec: Spec, path: Path, *, seed: int = 0) -> Path:
     """Writes the model and returns its path."""
     random = np.random.default_rng(seed)
@@ -345,7 +402,8 @@ def write(spec: Spec, path: Path, *, seed: int = 0) -> Path:
     writer.add_name("synthetic")
     for key, value in spec.metadata.items():
         _add(writer, f"{spec.arch}.{key}", value)
-    _add_vocabulary(writer)
+    if spec.arch != "clip":
+        _add_vocabulary(writer)
     for name, (shape, kind) in spec.tensors.items():
         _add_tensor(writer, name, shape, gguf.GGMLQuantizationType[kind], random)
     writer.write_header_to_file()
@@ -358,6 +416,8 @@ def write(spec: Spec, path: Path, *, seed: int = 0) -> Path:
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     elif isinstance(value, str):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pyllamarun.cli.options import as_json, dry_run
+from pyllamarun.cli.options import as_json, dry_run, virtual_gpu
 
 
 @click.command(name="quantize", short_help="Make a smaller file of a model.")
@@ -16,10 +16,17 @@ from pyllamarun.cli.options import as_json, dry_run
 @click.argument("type_name", metavar="TYPE")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), default=None, help="The file to write.")
 @click.option("-t", "--threads", type=click.IntRange(min=1), default=None, help="Default: the physical cores.")
+@virtual_gpu
 @as_json
 @dry_run
 def command(
-    model: Path, type_name: str, target: Path | None, threads: int | None, as_json: bool, dry_run: bool
+    model: Path,
+    type_name: str,
+    target: Path | None,
+    threads: int | None,
+    virtual_gpu: str | None,
+    as_json: bool,
+    dry_run: bool,
 ) -> None:
     """Requantizes MODEL to TYPE (Q3_K_M, Q2_K, ...), into a new file beside it.
 
@@ -31,6 +38,7 @@ def command(
     from contextlib import AbstractContextManager
 
     from pyllamarun import output
+    from pyllamarun.cli.planning import parse_virtual
     from pyllamarun.machine.host import read_cpu
     from pyllamarun.models import quantize as quantizing
     from pyllamarun.models.gguf import read_header
@@ -42,7 +50,7 @@ def command(
 
     binaries = find_binaries()
     quantizer = binaries.path("llama-quantize")
-    variables = environment(binaries)
+    variables = environment(binaries, parse_virtual(virtual_gpu, None))
 
     def start(argv: Sequence[str]) -> AbstractContextManager[subprocess.Popen[str]]:
         return running(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 NVML_TIMEOUT_SECONDS = 10.0
@@ -13,6 +14,7 @@ NVML_TIMEOUT_SECONDS = 10.0
 @dataclass(frozen=True)
 class GpuProcess:
     pid: int
+    name: str
     used_bytes: int | None
 
 
@@ -92,6 +94,13 @@ def _asked(pynvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
+def _process_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return "a process of another container"
+
+
 def _text(value: Any) -> str | None:
     return value.decode() if isinstance(value, bytes) else value
 
@@ -104,7 +113,7 @@ def _gpu(pynvml: Any, index: int) -> Gpu | None:
     processes = []
     for function in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
         for process in _asked(pynvml, function, handle) or []:
-            processes.append(GpuProcess(process.pid, process.usedGpuMemory))
+            processes.append(GpuProcess(process.pid, _process_name(process.pid), process.usedGpuMemory))
     capability = _asked(pynvml, pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     width_bits = _asked(pynvml, pynvml.nvmlDeviceGetMemoryBusWidth, handle)
     clock_mhz = _asked(pynvml, pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM)

@@ -42,7 +42,7 @@ def check_gpus(survey: GpuSurvey, backend: str) -> list[Row]:
         rows.append(Row(OK if enough else WARNING, f"GPU {gpu.index}", _gpu_text(gpu), remedy))
         for process in gpu.processes:
             used = format_size(process.used_bytes) if process.used_bytes is not None else "an unknown amount"
-            rows.append(Row(OK, f"GPU {gpu.index}", f"process {process.pid} holds {used}"))
+            rows.append(Row(OK, f"GPU {gpu.index}", f"{process.name} ({process.pid}) holds {used}"))
     versions = f"driver {survey.driver_version or 'unknown'}, CUDA up to {survey.cuda_version or 'unknown'}"
     rows.append(Row(OK, "driver", versions))
     if backend == "cpu":

@@ -99,6 +99,23 @@ def test_a_draft_model_that_is_loaded_in_vain_is_counted(
         assert server.used_bytes()[0] < server.peak_bytes()[0]
 
 
+@pytest.mark.parametrize("layers", ["2", "99"])
+def test_a_multi_token_prediction_context_is_counted(
+    layers: str, tiny: Callable[[str], Path], machine: Callable[..., Machine]
+) -> None:
+    check(machine(4096), tiny("deepseek2-mtp"), ["-ngl", layers, "--spec-type", "draft-mtp"])
+
+
+def test_a_multimodal_projector_is_counted(tiny: Callable[[str], Path], machine: Callable[..., Machine]) -> None:
+    """With the warm-up, which is llama-server's default: without it, the projector's buffers come with an image."""
+    model = ["-m", str(tiny("gemma3")), "--mmproj", str(tiny("projector"))]
+    arguments = [*model, *CONTEXT, "-ngl", "99"]
+    answer = machine(4096).ask(arguments)
+    assert answer.bytes(device="VIRTUAL0", use="total") > 4_000_000
+    with machine(4096).serve(arguments, warmup=True) as server:
+        assert server.used_bytes() == [answer.bytes(device="VIRTUAL0")]
+
+
 def test_an_embedding_server_is_counted(tiny: Callable[[str], Path], machine: Callable[..., Machine]) -> None:
     arguments = ["-m", str(tiny("qwen3")), *CONTEXT, "-ngl", "99", "--embedding", "--pooling", "mean"]
     answer = machine(4096).ask(arguments)
