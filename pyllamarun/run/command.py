@@ -26,6 +26,11 @@ def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] = ()) -> 
     return result
 
 
+def shown_from_here(line: str) -> str:
+    """The same command line with paths below the working directory made relative: shorter to read."""
+    return line.replace(f"{os.getcwd()}/", "")
+
+
 def _mib(size_bytes: int) -> str:
     """MiB that give back the same bytes when they are read as a floating point number."""
     return repr(size_bytes / MIB).removesuffix(".0")
