@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import VIRTUAL_GPU, Binaries
@@ -28,7 +29,7 @@ def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] = ()) -> 
 
 def shown_from_here(line: str) -> str:
     """The same command line with paths below the working directory made relative: shorter to read."""
-    return line.replace(f"{os.getcwd()}/", "")
+    return line.replace(f"{Path.cwd()}/", "")
 
 
 def _mib(size_bytes: int) -> str:
