@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +47,18 @@ def run_cli(
         timeout=timeout,
         stdin=subprocess.DEVNULL,
         check=False,
+    )
+
+
+def start_cli(*arguments: str | Path, stdout: int, stderr: int) -> subprocess.Popen[str]:
+    """Starts the installed `pyllamarun`, which heeds SIGINT even where the tests run in a shell's background."""
+    return subprocess.Popen(
+        [PYLLAMARUN, *map(str, arguments)],
+        stdout=stdout,
+        stderr=stderr,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import PYLLAMARUN, free_port, read_state, run_cli
+from harness import free_port, read_state, run_cli, start_cli
 
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.units import GIB, MIB
@@ -228,10 +228,8 @@ def test_run_reports_memory_that_ran_out(smollm2: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_run_leaves_nothing_behind(number: signal.Signals, smollm2: Path) -> None:
-    process = subprocess.Popen(
-        [PYLLAMARUN, "run", smollm2, "-p", "Count to a million.", "--", "--ignore-eos"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    arguments = ["run", smollm2, "-p", "Count to a million.", "--", "--ignore-eos"]
+    process = start_cli(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout
     assert process.stdout.read(8), "an answer begins"
     children = psutil.Process(process.pid).children(recursive=True)
@@ -251,9 +249,8 @@ class Serving:
 
     def __init__(self, *arguments: str | Path) -> None:
         self.port = free_port()
-        argv = [str(PYLLAMARUN), "serve", *map(str, arguments[:1]), "--port", str(self.port), *map(str, arguments[1:])]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, stdin=subprocess.DEVNULL)
+        words = ["serve", *arguments[:1], "--port", str(self.port), *arguments[1:]]
+        self.process = start_cli(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.lines: list[str] = []
         self.log: list[str] = []
         self._threads = [

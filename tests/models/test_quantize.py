@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import PYLLAMARUN, run_cli
+from harness import run_cli, start_cli
 
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.quantize import default_target
@@ -103,9 +103,8 @@ def test_a_full_disk_is_noticed_before(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [PYLLAMARUN, "quantize", source, "Q5_K_M", "-t", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    quiet = subprocess.DEVNULL
+    process = start_cli("quantize", source, "Q5_K_M", "-t", "1", stdout=quiet, stderr=quiet)
     deadline = time.monotonic() + 30
     while not leftovers(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.01)
