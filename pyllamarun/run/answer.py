@@ -23,6 +23,8 @@ class AnswerFilter:
     cli_context::run prints "\\n> PROMPT\\n", then the answer, then the farewell.
     """
 
+    HELD_BACK = len(FAREWELL) + 2
+
     def __init__(self, prompt: str) -> None:
         self._marker = f"\n> {prompt}\n"
         self._pending = ""
@@ -38,11 +40,13 @@ class AnswerFilter:
             self._answering = True
             self._pending = after
         if not self._begun:
-            self._pending = self._pending.lstrip("\n")
-            self._begun = bool(self._pending)
-        # What might be the beginning of the farewell is held back.
-        keep = len(FAREWELL) + 2
-        ready, self._pending = self._pending[:-keep], self._pending[-keep:]
+            begun = self._pending.lstrip("\n")
+            if len(begun) <= self.HELD_BACK:
+                return ""
+            self._pending, self._begun = begun, True
+        # What might be the beginning of the farewell is held back, with the line breaks before it.
+        ready = self._pending[: -self.HELD_BACK].rstrip("\n")
+        self._pending = self._pending[len(ready) :]
         return ready
 
     def finish(self) -> str:
@@ -50,7 +54,7 @@ class AnswerFilter:
         if not self._answering:
             return ""
         answer, _, _ = self._pending.partition(FAREWELL)
-        return answer.rstrip("\n")
+        return answer.rstrip("\n") if self._begun else answer.strip("\n")
 
 
 def as_typed(prompt: str) -> str:

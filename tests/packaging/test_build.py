@@ -164,6 +164,18 @@ def checkout(tmp_path: Path) -> Path:
     return tree
 
 
+@pytest.fixture
+def same_source(checkout: Path, llama_cpp: Path) -> Callable[[], None]:
+    """Puts llama.cpp where the build would unpack it: what is tested here is not the download."""
+
+    def provide() -> None:
+        (checkout / "b").mkdir()
+        (checkout / "b/llama.cpp").symlink_to(llama_cpp)
+        shutil.copy(llama_cpp.parent / "llama.cpp.sha256", checkout / "b/llama.cpp.sha256")
+
+    return provide
+
+
 def configure(checkout: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     argv = ["cmake", "-S", checkout, "-B", checkout / "b", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *options]
     return run(*argv, **variables)
@@ -229,25 +241,14 @@ def test_a_source_package_that_cannot_be_had_names_the_other_way(checkout: Path)
     assert "git submodule update --init vendor/llama.cpp" in result.stderr
 
 
-def test_a_backend_that_does_not_exist_is_refused(checkout: Path) -> None:
+def test_a_backend_that_does_not_exist_is_refused(checkout: Path, same_source: Callable[[], None]) -> None:
+    same_source()
     result = configure(checkout, "-DPYLLAMARUN_BACKEND=metal")
     assert result.returncode != 0
     assert "it must be auto, cuda, vulkan or cpu" in re.sub(r"\s+", " ", result.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ CUDA
-
-
-@pytest.fixture
-def same_source(checkout: Path, llama_cpp: Path) -> Callable[[], None]:
-    """Puts llama.cpp where the build would unpack it: what is tested here is not the download."""
-
-    def provide() -> None:
-        (checkout / "b").mkdir()
-        (checkout / "b/llama.cpp").symlink_to(llama_cpp)
-        shutil.copy(llama_cpp.parent / "llama.cpp.sha256", checkout / "b/llama.cpp.sha256")
-
-    return provide
 
 
 def test_cuda_compiles_without_a_complete_local_toolkit(checkout: Path, same_source: Callable[[], None]) -> None:
