@@ -14,6 +14,11 @@ from pyllamarun.errors import PyllamarunError
 SCHEMA = 1
 
 
+def printable(text: str) -> str:
+    """`text` without control characters: names from a file must not drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in text)
+
+
 def envelope(kind: str, data: Any) -> dict[str, Any]:
     """The one shape of everything that --json prints."""
     return {"pyllamarun": __version__, "kind": kind, "schema": SCHEMA, "ok": True, "data": data, "error": None}
@@ -45,10 +50,10 @@ def note(text: str) -> None:
 
 
 def print_error(error: PyllamarunError) -> None:
-    note(f"pyllamarun: {error.what}")
+    note(f"pyllamarun: {printable(error.what)}")
     for text in (error.why, error.remedy):
         for line in text.splitlines():
-            note(f"  {line}")
+            note(f"  {printable(line)}")
 
 
 def table(rows: Iterable[Sequence[str]], *, header: Sequence[str] = (), right: Sequence[int] = ()) -> str:

@@ -31,6 +31,8 @@ def parse_size(text: str) -> int:
             f'"{text}" is no size.',
             remedy="Write a number and a unit: 11.5GiB, 11500MiB, or 12GB for 12,000,000,000 bytes.",
         )
+    if len(match[1]) > 24:
+        raise UsageError(f"{text[:24]}... is larger than any memory.")
     return int(float(match[1]) * factor)
 
 

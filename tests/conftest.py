@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +20,8 @@ from pyllamarun.run.binaries import Binaries, find_binaries  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes to, or depends on, the user's own folders and settings."""
+    """No test writes to the user's own folders."""
     monkeypatch.setenv("PYLLAMARUN_HOME", str(tmp_path / "home"))
-    for name in list(os.environ):
-        if name.startswith("LLAMA_ARG_"):
-            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

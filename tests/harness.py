@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def run_cli(
-    *arguments: str | Path, timeout: float = 120.0, **environment_changes: str
+    *arguments: str | Path, stdin: str = "", timeout: float = 120.0, **environment_changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the installed `pyllamarun`."""
     return subprocess.run(
@@ -45,7 +45,7 @@ def run_cli(
         capture_output=True,
         text=True,
         timeout=timeout,
-        stdin=subprocess.DEVNULL,
+        input=stdin,
         check=False,
     )
 

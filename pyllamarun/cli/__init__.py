@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -70,7 +71,29 @@ def group() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs a command and exits: 0 ok, 1 unexpected, 2 usage, 3 does not fit, 4 model, 5 binaries, 6 server."""
     arguments = sys.argv[1:] if argv is None else argv
-    sys.exit(_exit_code(arguments))
+    _mend_streams()
+    code = _exit_code(arguments)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up_stdout()
+    sys.exit(code)
+
+
+def _mend_streams() -> None:
+    """Streams that were closed lead nowhere, and what a terminal cannot show is escaped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            while os.open(os.devnull, os.O_RDWR) < number:
+                pass
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -92,7 +115,7 @@ def _exit_code(arguments: list[str]) -> int:
     except PyllamarunError as error:
         return _report(error, arguments)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 1
     except Exception as error:
         if os.environ.get("PYLLAMARUN_DEBUG") == "1":
@@ -114,8 +137,11 @@ def _report(error: PyllamarunError, arguments: list[str]) -> int:
 
         traceback.print_exception(error)
     command = next((argument for argument in arguments if argument in COMMANDS), "")
-    if "--json" in arguments:
-        output.print_json(output.error_envelope(command, error))
-    else:
-        output.print_error(error)
+    try:
+        if "--json" in arguments:
+            output.print_json(output.error_envelope(command, error))
+        else:
+            output.print_error(error)
+    except BrokenPipeError:
+        _give_up_stdout()
     return error.exit_code

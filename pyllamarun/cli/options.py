@@ -14,6 +14,9 @@ from pyllamarun.errors import UsageError
 
 Function = Callable[..., Any]
 
+# llama.cpp's arguments that have their own place on our command line.
+OURS = ("-m", "--model", "-c", "--ctx-size", "-np", "--parallel", "--host", "--port", "-p", "--prompt", "-fit", "--fit")
+
 virtual_gpu = click.option(
     "--virtual-gpu", metavar="SIZE[,SIZE]", default=None,
     help="Cards that are not here: virtual GPUs of these sizes, which compute on the CPU.",
@@ -67,6 +70,12 @@ def planning(function: Function) -> Function:
                 f'"{passthrough[0]}" is one argument too many.',
                 remedy="Write `--` before arguments that are meant for llama.cpp.",
             )
+        for word in passthrough:
+            if word.partition("=")[0] in OURS:
+                raise UsageError(
+                    f"{word} cannot stand after `--`.",
+                    remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
+                )
         options = PlanOptions(model, vram, context, slots, overhead, virtual_gpu, force, passthrough)
         return function(options=options, **others)
 

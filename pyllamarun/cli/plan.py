@@ -19,7 +19,6 @@ def command(options: PlanOptions, as_json: bool, dry_run: bool) -> None:
     from pyllamarun import output
     from pyllamarun.cli.planning import plan_model
     from pyllamarun.plan.report import describe
-    from pyllamarun.run.command import shown_from_here
 
     planned = plan_model(options)
     line = planned.shell_line(planned.argv("llama-server"))
@@ -28,4 +27,4 @@ def command(options: PlanOptions, as_json: bool, dry_run: bool) -> None:
     elif dry_run:
         output.print_text(line)
     else:
-        output.print_text(describe(planned.plan, shown_from_here(line)))
+        output.print_text(describe(planned.plan, line))

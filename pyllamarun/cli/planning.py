@@ -16,7 +16,7 @@ from pyllamarun.models.gguf import read_header
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused, parse_devices
-from pyllamarun.plan.request import ASSUMED_CONTEXT_BYTES, Request, VirtualGpu, parse_budgets, parse_virtual_gpus
+from pyllamarun.plan.request import Request, VirtualGpu, context_bytes, parse_budgets, parse_virtual_gpus
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.command import environment, shell_line
 from pyllamarun.run.process import output_of, running
@@ -48,11 +48,11 @@ class Planned:
 def plan_model(options: PlanOptions) -> Planned:
     """Raises what can go wrong on the way: UsageError, ModelError, DoesNotFit, Refused, BinaryError."""
     header = read_header(options.model.expanduser())
-    overhead_bytes = parse_size(options.overhead) if options.overhead else None
+    overhead_bytes = parse_size(options.overhead) if options.overhead is not None else None
     request = Request(
         context_tokens=options.context,
         slots=options.slots,
-        budgets=parse_budgets(options.vram) if options.vram else (),
+        budgets=parse_budgets(options.vram) if options.vram is not None else (),
         overhead_bytes=overhead_bytes,
         passthrough=options.passthrough,
         force=options.force,
@@ -68,7 +68,7 @@ def plan_model(options: PlanOptions) -> Planned:
             if any(argument in NEEDS_VOCABULARY for argument in arguments):
                 return probe.ask(arguments)
             try:
-                return probe.ask([skeleton if argument == model else argument for argument in arguments])
+                return probe.ask(["-m", skeleton, *arguments[2:]])
             except Refused as error:
                 raise Refused(error.what.replace(skeleton, model), why=error.why.replace(skeleton, model)) from None
 
@@ -77,10 +77,8 @@ def plan_model(options: PlanOptions) -> Planned:
 
 
 def parse_virtual(text: str | None, overhead_bytes: int | None) -> tuple[VirtualGpu, ...]:
-    """Virtual cards that hold as much besides llama.cpp's buffers as a plan assumes of a real one."""
-    if text is None:
-        return ()
-    return parse_virtual_gpus(text, ASSUMED_CONTEXT_BYTES if overhead_bytes is None else overhead_bytes)
+    """Virtual cards that hold a context, as a plan assumes of a real one."""
+    return () if text is None else parse_virtual_gpus(text, context_bytes(overhead_bytes))
 
 
 def list_devices(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu]) -> tuple[Device, ...]:

@@ -23,7 +23,8 @@ def command(options: PlanOptions, prompt: str, predict: int | None, dry_run: boo
     from pyllamarun.run.process import running
 
     if prompt == "-":
-        prompt = sys.stdin.read().strip()
+        prompt = sys.stdin.read()
+    prompt = prompt.rstrip("\n")
     if not prompt.strip():
         raise UsageError("The prompt is empty.", remedy="Give one with -p.")
     planned = plan_model(options)

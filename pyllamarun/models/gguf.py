@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from pyllamarun.errors import ModelError, UsageError
 from pyllamarun.models.types import FILE_TYPES, TENSOR_TYPES, TensorType
+from pyllamarun.output import printable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -117,7 +118,7 @@ class Header:
         if tokens and isinstance(tokens.data, Array):
             return tokens.data.count
         size = self.get("vocab_size", 0)
-        return size if isinstance(size, int) else 0
+        return size if isinstance(size, int) and 0 <= size < 1 << 31 else 0
 
     @property
     def file_type(self) -> str:
@@ -137,11 +138,6 @@ class Header:
                 elements *= dimension
             total += elements
         return total
-
-
-def printable(text: str) -> str:
-    """`text` without control characters: names from a file must not drive the terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def read_header(path: Path) -> Header:

@@ -20,6 +20,7 @@ Start = Callable[[Sequence[str]], AbstractContextManager[subprocess.Popen[str]]]
 Progress = Callable[[int, int], None]
 
 DISK_RESERVE_BYTES = 64 * MIB
+MAX_NAME_BYTES = 255
 LOW_QUALITY = ("Q2_K", "Q2_K_S", "IQ2", "IQ1", "TQ1", "TQ2", "Q1_0", "Q2_0")
 
 # llama-quantize's own words: src/llama-quant.cpp and tools/quantize/quantize.cpp.
@@ -83,9 +84,11 @@ def check_target(source: Header, target: Path, type_name: str) -> None:
     """Raises UsageError where writing would lose or repeat something."""
     if source.file_type == type_name:
         raise UsageError(f"{source.path} is {type_name} already.", remedy="Take it as it is.")
-    if any(target.resolve() == part.resolve() for part in source.parts):
+    if len(target.name.encode()) > MAX_NAME_BYTES:
+        raise UsageError(f"The name of {target} is too long.", remedy="Name another file with -o.")
+    if any(os.path.realpath(target) == os.path.realpath(part) for part in source.parts):
         raise UsageError("The target is the source.", remedy="Name another file with -o.")
-    if target.exists():
+    if os.path.lexists(target):
         raise UsageError(
             f"{target} exists already; nothing was changed.",
             remedy="Name another file with -o, or remove this one first.",
@@ -132,7 +135,7 @@ def quantize(
     start: Start, quantizer: Path, source: Header, target: Path, type_name: str, threads: int, progress: Progress
 ) -> Quantized:
     """Writes `target`, which appears under its name only when it is complete and has been read back."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{os.getpid()}.partial")
     argv = [str(quantizer), "--allow-requantize", str(source.path), str(partial), type_name, str(threads)]
     try:
         lines, status = _run(start, argv, progress)

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.plan.probe import Answer, Device
-from pyllamarun.plan.request import ASSUMED_CONTEXT_BYTES, ASSUMED_POOL_BYTES, Request, fixed_value
+from pyllamarun.plan.request import (
+    ASSUMED_CONTEXT_BYTES,
+    ASSUMED_POOL_BYTES,
+    Request,
+    context_bytes,
+    fixed_value,
+)
 from pyllamarun.units import format_size
 
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
@@ -80,7 +86,7 @@ def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, 
     limits = []
     for position, device in enumerate(used):
         # "free" was read by a process that holds a context of its own, as the server will.
-        free_bytes = min(device.total_bytes, device.free_bytes + ASSUMED_CONTEXT_BYTES)
+        free_bytes = min(device.total_bytes, device.free_bytes + context_bytes(request.overhead_bytes))
         budget_bytes = free_bytes
         if budgets:
             budget = budgets[position] if len(budgets) > 1 else budgets[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
+from pyllamarun.output import printable
 from pyllamarun.plan.place import Ask, Limit, Placement, place, resolve_limits
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import Request
@@ -80,7 +81,7 @@ def make_plan(header: Header, request: Request, devices: Sequence[Device], memor
     return Plan(
         model=model,
         model_name=header.name,
-        architecture=header.architecture,
+        architecture=printable(header.architecture),
         weights_bytes=header.weights_bytes,
         argv=("llama-server", *placement.arguments),
         gpu_layers=placement.gpu_layers,

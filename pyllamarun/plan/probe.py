@@ -94,7 +94,11 @@ class Probe:
                 why=f"Exit status {self._process.poll()}, asked about: {' '.join(arguments)}",
                 remedy="Run `pyllamarun doctor`.",
             )
-        return _answer(json.loads(line))
+        try:
+            data = json.loads(line)
+        except ValueError:
+            raise Refused("llama-server would print this and end.", why=line.strip()) from None
+        return _answer(data)
 
 
 def _answer(data: dict[str, object]) -> Answer:

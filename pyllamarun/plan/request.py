@@ -63,6 +63,11 @@ class Request:
     force: bool = False
 
 
+def context_bytes(overhead_bytes: int | None) -> int:
+    """The part of the overhead that a process holds from the start: the context, of at most all that was given."""
+    return ASSUMED_CONTEXT_BYTES if overhead_bytes is None else min(ASSUMED_CONTEXT_BYTES, overhead_bytes)
+
+
 def parse_budgets(text: str) -> tuple[Budget, ...]:
     """Budgets by GPU: "11.5GiB", "95%", "max", "max-300MiB", or several with commas."""
     return tuple(_parse_budget(part.strip()) for part in text.split(","))
@@ -85,8 +90,8 @@ def parse_virtual_gpus(text: str, reserved_bytes: int) -> tuple[VirtualGpu, ...]
     """Virtual cards: "12GiB" or "12GiB,8GiB"."""
     gpus = tuple(VirtualGpu(parse_size(part), reserved_bytes) for part in text.split(","))
     for gpu in gpus:
-        if gpu.total_bytes < MIB:
-            raise UsageError(f"A virtual GPU of {format_size(gpu.total_bytes)} is too small to be one.")
+        if not MIB <= gpu.total_bytes < 1 << 50:
+            raise UsageError(f'"{text}" is no list of virtual GPUs.', remedy="Write sizes such as 12GiB or 12GiB,8GiB.")
     return gpus
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import VIRTUAL_GPU, Binaries
@@ -13,8 +12,11 @@ from pyllamarun.units import MIB
 
 
 def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] = ()) -> dict[str, str]:
-    """This process's environment, for a llama.cpp program; with virtual GPUs, they are the only cards it sees."""
-    result = dict(os.environ)
+    """This process's environment, for a llama.cpp program; with virtual GPUs, they are the only cards it sees.
+
+    Without LLAMA_ARG_*, which would add arguments that no plan shows.
+    """
+    result = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
     result["GGML_NO_BACKTRACE"] = "1"  # llama.cpp would attach a debugger to itself when it aborts
     result.pop("GGML_BACKEND_PATH", None)
     if virtual_gpus:
@@ -27,11 +29,6 @@ def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] = ()) -> 
     return result
 
 
-def shown_from_here(line: str) -> str:
-    """The same command line with paths below the working directory made relative: shorter to read."""
-    return line.replace(f"{Path.cwd()}/", "")
-
-
 def _mib(size_bytes: int) -> str:
     """MiB that give back the same bytes when they are read as a floating point number."""
     return repr(size_bytes / MIB).removesuffix(".0")
@@ -41,7 +38,9 @@ def shell_line(argv: Sequence[str], virtual_gpus: Sequence[VirtualGpu] = (), bin
     """A command line that a person can paste, with the variables that virtual GPUs need."""
     line = shlex.join(argv)
     if virtual_gpus and binaries:
-        names = ("GGML_BACKEND_PATH", "PYLLAMARUN_VIRTUAL_GPUS", "PYLLAMARUN_VIRTUAL_RESERVED")
+        names = ["GGML_BACKEND_PATH", "PYLLAMARUN_VIRTUAL_GPUS", "PYLLAMARUN_VIRTUAL_RESERVED"]
+        if binaries.build.backend != "cpu":
+            names += ["CUDA_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"]
         values = environment(binaries, virtual_gpus)
         line = " ".join(f"{name}={shlex.quote(values[name])}" for name in names) + " " + line
     return line

@@ -56,7 +56,8 @@ def is_listening(process: subprocess.Popen[str], port: int) -> bool:
 
 def is_healthy(host: str, port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{_address(host)}:{port}/health", timeout=5) as answer:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://{_address(host)}:{port}/health", timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError, ValueError):
         return False
@@ -91,11 +92,17 @@ def serve(
 
 
 def _relay(process: subprocess.Popen[str], lines: deque[str], log: Callable[[str], None]) -> None:
+    """Drains the server's output whatever becomes of the log: a full pipe would stop the server."""
     assert process.stdout
+    listening = True
     try:
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
-            log(lines[-1])
+            if listening:
+                try:
+                    log(lines[-1])
+                except OSError:  # whoever read our stderr is gone
+                    listening = False
     except ValueError:  # closed while the server was being stopped
         pass
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import free_port, read_state, run_cli, start_cli
+from harness import PYLLAMARUN, free_port, read_state, run_cli, start_cli
 
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.units import GIB, MIB
@@ -126,6 +126,12 @@ ERRORS = {
     "no GGUF": (["plan", "/etc/passwd"], 4, "is not a GGUF file"),
     "a budget below the least": (["plan", "{model}", *CARD, "--vram", "370MiB"], 3, "Even with every layer on the CPU"),
     "a budget above the card": (["plan", "{model}", *CARD, "--vram", "1GiB"], 3, "the card has 450.0 MiB"),
+    "an empty budget": (["plan", "{model}", *CARD, "--vram", ""], 2, "is no size"),
+    "an empty list of cards": (["plan", "{model}", "--virtual-gpu", ""], 2, "is no size"),
+    "a card larger than any": (["plan", "{model}", "--virtual-gpu", "9999999TiB"], 2, "no list of virtual GPUs"),
+    "a model after --": (["plan", "{model}", "--", "-m", "other.gguf"], 2, "cannot stand after"),
+    "a port after --": (["serve", "{model}", "--", "--port=1"], 2, "cannot stand after"),
+    "llama-server's version": (["plan", "{model}", "--", "--version"], 5, "The memory probe ended"),
     "a size that is none": (["plan", "{model}", *CARD, "--vram", "much"], 2, "is no size"),
     "one argument too many": (["plan", "{model}", "extra"], 2, "one argument too many"),
     "an option of llama.cpp that does not exist": (["plan", "{model}", "--", "--nonsense"], 2, "--nonsense"),
@@ -144,6 +150,31 @@ def test_errors(arguments: list[str], exit_code: int, message: str, smollm2: Pat
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_an_overhead_that_is_given_is_what_the_card_reserves(smollm2: Path) -> None:
+    result = run_cli("plan", smollm2, "--virtual-gpu", "700MiB", "--overhead", "500MiB", "--json")
+    assert result.returncode == 0, result.stdout
+    plan = json.loads(result.stdout)["data"]
+    assert plan["gpu_layers"] == plan["layers"]
+    assert plan["devices"][0]["overhead_bytes"] == 500 * MIB
+
+
+def test_settings_of_llama_cpp_in_the_environment_do_not_change_a_plan(smollm2: Path) -> None:
+    plans = [
+        json.loads(run_cli("plan", smollm2, *CARD, "--json", **variables).stdout)["data"]
+        for variables in ({}, {"LLAMA_ARG_DEVICE": "none", "LLAMA_ARG_CTX_SIZE": "64"})
+    ]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&-", "| true", "2>&1 >/dev/null | true"])
+def test_closed_streams_change_no_exit_code(streams: str, smollm2: Path) -> None:
+    for arguments, exit_code in (f"plan {smollm2} --json", 0), ("plan /nonexistent.gguf --json", 2):
+        command = f"set -o pipefail; {PYLLAMARUN} {arguments} {streams}"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert result.returncode == exit_code or "|" in streams, result.stderr
+        assert "Traceback" not in result.stderr + result.stdout
 
 
 def test_errors_as_json(smollm2: Path) -> None:
@@ -218,6 +249,27 @@ def test_run_does_not_take_a_prompt_for_a_command(smollm2: Path) -> None:
     result = run_cli("run", smollm2, "-p", "/exit", "-n", "8", "--", "--temp", "0")
     assert result.returncode == 0
     assert result.stdout.strip()
+
+
+PROMPTS = {
+    "longer than llama-cli repeats": "Say yes. " * 60,
+    "with what looks like an escape": r"What does \n mean in C?",
+    "with line breaks of another system": "Say yes.\r\nOr say no.",
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_run_answers_any_prompt(prompt: str, smollm2: Path) -> None:
+    result = run_cli("run", smollm2, "-p", prompt, "-n", "6", "--", "--temp", "0", "--ignore-eos")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_run_reports_a_prompt_that_is_longer_than_the_context(smollm2: Path) -> None:
+    result = run_cli("run", smollm2, "-p", "-", "-n", "6", stdin="word " * 30_000)  # and longer than an argument may be
+    assert result.returncode == 2, result.stderr
+    assert "The prompt is longer than the context" in result.stderr
+    assert result.stdout == ""
 
 
 def test_run_reports_memory_that_ran_out(smollm2: Path) -> None:

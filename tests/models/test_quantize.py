@@ -60,6 +60,16 @@ def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     assert target.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["dangling.gguf", "x" * 300 + ".gguf"])
+def test_a_target_that_cannot_be_made_is_refused_before_the_work(name: str, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / name
+    if len(name) < 255:
+        target.symlink_to("/nonexistent/elsewhere.gguf")
+    result = run_cli("quantize", source, "Q3_K_M", "-o", target)
+    assert result.returncode == 2
+    assert "will become" not in result.stderr
+
+
 def test_the_source_is_no_target(source: Path) -> None:
     result = run_cli("quantize", source, "Q3_K_M", "-o", source)
     assert (result.returncode, "The target is the source" in result.stderr) == (2, True)

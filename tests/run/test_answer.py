@@ -31,6 +31,24 @@ def test_the_answer_and_nothing_else(prompt: str, answer: str, piece: int) -> No
     assert through(prompt, printed, piece) == answer
 
 
+@pytest.mark.parametrize("piece", [1, 13, 10_000])
+def test_a_long_prompt_is_echoed_cut_off(piece: int) -> None:
+    prompt = "ä" * 400 + "\r\nend"
+    shown = (prompt.encode()[:500]).decode("utf-8", "replace") + " ... (truncated)"
+    assert through(prompt, f"{BANNER}> {shown}\nYes.\n\nExiting...\n", piece) == "Yes."
+    assert through("a\r\nb", f"{BANNER}> a\r\nb\nYes.\n\nExiting...\n", piece) == "Yes."
+
+
+@pytest.mark.parametrize("piece", [1, 13, 10_000])
+def test_a_refusal_of_the_server_is_no_answer(piece: int) -> None:
+    refusal = "Error: request (280 tokens) exceeds the available context size (256 tokens), try increasing it"
+    answer = AnswerFilter("Hi")
+    printed = f"{BANNER}> Hi\n{refusal}\n\nExiting...\n"
+    fed = [answer.feed(printed[i : i + piece]) for i in range(0, len(printed), piece)]
+    assert "".join(fed) + answer.finish() == ""
+    assert answer.refusal == refusal
+
+
 def test_no_answer_when_it_ends_before() -> None:
     assert through("Hi", BANNER, 1000) == ""
 
