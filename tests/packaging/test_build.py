@@ -33,7 +33,11 @@ LIBRARIES = {
     "libllama-common.so", "libmtmd.so", "libllama-cli-impl.so", "libllama-server-impl.so", "libllama-quantize-impl.so",
     "libllama-bench-impl.so", "libllama-perplexity-impl.so",
 }  # fmt: skip
-BACKEND_LIBRARIES: dict[str, set[str]] = {"cpu": set(), "cuda": {"libggml-cuda.so"}, "vulkan": {"libggml-vulkan.so"}}
+BACKEND_LIBRARIES: dict[str, set[str]] = {
+    "cpu": set(),
+    "cuda": {"libggml-cuda.so", "libcuda-standin.so", "libnvml-standin.so"},
+    "vulkan": {"libggml-vulkan.so"},
+}
 
 
 def run(*argv: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
