@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import VIRTUAL_GPU, Binaries
@@ -34,13 +35,22 @@ def _mib(size_bytes: int) -> str:
     return repr(size_bytes / MIB).removesuffix(".0")
 
 
+def _from_here(word: str) -> str:
+    """A path below the working directory without that: shorter to read.  Anything else as it stands."""
+    try:
+        below = Path(word).relative_to(Path.cwd())
+    except (ValueError, OSError):
+        return word
+    return str(below) if len(below.parts) > 1 else f"./{below}"
+
+
 def shell_line(argv: Sequence[str], virtual_gpus: Sequence[VirtualGpu] = (), binaries: Binaries | None = None) -> str:
-    """A command line that a person can paste, with the variables that virtual GPUs need."""
-    line = shlex.join(argv)
+    """A command line that a person can paste here, with the variables that virtual GPUs need."""
+    line = shlex.join(map(_from_here, argv))
     if virtual_gpus and binaries:
         names = ["GGML_BACKEND_PATH", "PYLLAMARUN_VIRTUAL_GPUS", "PYLLAMARUN_VIRTUAL_RESERVED"]
         if binaries.build.backend != "cpu":
             names += ["CUDA_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"]
         values = environment(binaries, virtual_gpus)
-        line = " ".join(f"{name}={shlex.quote(values[name])}" for name in names) + " " + line
+        line = " ".join(f"{name}={shlex.quote(_from_here(values[name]))}" for name in names) + " " + line
     return line
