@@ -7,6 +7,7 @@ format: docs/gguf.md of ggml; the bounds are those of gguf_init_from_reader in g
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import struct
@@ -131,13 +132,7 @@ class Header:
 
     @cached_property
     def parameters(self) -> int:
-        total = 0
-        for tensor in self.tensors:
-            elements = 1
-            for dimension in tensor.shape:
-                elements *= dimension
-            total += elements
-        return total
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
 
 def read_header(path: Path) -> Header:
@@ -283,7 +278,7 @@ def _read_tensor(cursor: _Cursor, alignment: int) -> Tensor:
     offset = cursor.scalar("Q", f"offset of {shown}")
     if offset % alignment or offset > MAX_BYTES:
         cursor.fail(f"offset of {shown}", f"{offset} is not aligned to {alignment}")
-    return Tensor(name, tensor_type, shape, offset, elements // tensor_type.block_size * tensor_type.block_bytes)
+    return Tensor(name, tensor_type, shape, offset, tensor_type.size_bytes(elements))
 
 
 def _check_names(path: Path, tensors: tuple[Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ any model takes some tens of KiB on disk and milliseconds to load.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -59,11 +60,7 @@ def write_sparse(
     for name, tensor_type, shape in tensors:
         table += _string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
         table += struct.pack("<IQ", _TYPE_NUMBERS[tensor_type.name], offset)
-        elements = 1
-        for dimension in shape:
-            elements *= dimension
-        size_bytes = elements // tensor_type.block_size * tensor_type.block_bytes
-        offset += _padded(size_bytes)
+        offset += _padded(tensor_type.size_bytes(math.prod(shape)))
         count += 1
     head = bytearray(MAGIC + struct.pack("<IQQ", 3, count, len(metadata)))
     for key, value in metadata.items():

@@ -14,6 +14,10 @@ class TensorType:
     block_size: int
     block_bytes: int
 
+    def size_bytes(self, elements: int) -> int:
+        """Of so many elements, which must fill whole blocks."""
+        return elements // self.block_size * self.block_bytes
+
 
 # enum ggml_type and type_traits in ggml/include/ggml.h and ggml/src/ggml.c.
 TENSOR_TYPES: Mapping[int, TensorType] = {

@@ -8,13 +8,10 @@ import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pyllamarun.errors import UsageError
-from pyllamarun.run.server import failure
-
-Running = Callable[..., AbstractContextManager["subprocess.Popen[str]"]]
+from pyllamarun.run.server import Running, failure
 
 FAREWELL = "\n\nExiting..."
 # cli_context::generate_completion prints what the server answered where it should have answered.
