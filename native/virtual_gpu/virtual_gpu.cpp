@@ -6,6 +6,7 @@
 //   PYLLAMARUN_VIRTUAL_RESERVED  MiB that the driver and context hold on each device (default 0)
 //   PYLLAMARUN_VIRTUAL_STATE     file that receives "index used total peak\n" per device on each change, in bytes
 //   PYLLAMARUN_VIRTUAL_NAMES     what each device calls itself, separated by ";" (default "virtual GPU, N MiB")
+//   PYLLAMARUN_CARDS             which cards they stand for, as far as memory depends on it: cuda_rules/card.h
 
 #include <algorithm>
 #include <atomic>
@@ -17,12 +18,14 @@
 #include <sstream>
 #include <string>
 
-#include "cuda_rules.h"
+#include "card.h"
+#include "fusion.h"
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "ggml.h"
+#include "operations.h"
 
 namespace {
 
@@ -179,8 +182,8 @@ ggml_backend_buffer_t type_alloc(ggml_backend_buffer_type_t type, size_t size) {
 size_t type_alignment(ggml_backend_buffer_type_t) {
     return cuda_rules::kAlignment;
 }
-size_t type_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
-    return cuda_rules::alloc_size(tensor);
+size_t type_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor * tensor) {
+    return cuda_rules::alloc_size(tensor, cuda_rules::card(size_t(device_of(type).index)));
 }
 bool type_is_host(ggml_backend_buffer_type_t) {
     return false;
@@ -223,6 +226,10 @@ void backend_free(ggml_backend_t backend) {
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     return ggml_backend_graph_compute(inner(backend), graph);
+}
+
+void backend_optimize(ggml_backend_t, ggml_cgraph * graph, ggml_backend_graph_optimize_params * allocator) {
+    cuda_rules::keep_fused_inputs(graph, allocator);
 }
 
 // Work is done when a call returns: there is nothing to wait for, and an event has always happened.
@@ -287,6 +294,7 @@ ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     iface.get_name = backend_name;
     iface.free = backend_free;
     iface.graph_compute = backend_compute;
+    iface.graph_optimize = backend_optimize;
     iface.synchronize = backend_synchronize;
     iface.event_record = backend_event;
     iface.event_wait = backend_event;

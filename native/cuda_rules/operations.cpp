@@ -1,5 +1,6 @@
-#include "cuda_rules.h"
+#include "operations.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -28,30 +29,6 @@ bool is_float(ggml_type type) {
     return is_any_of(type, {GGML_TYPE_F32, GGML_TYPE_F16});
 }
 
-enum class AttentionKernel { none, vector, matrix };
-
-// Whether a kernel may serve several query heads of one KV head together: gqa_opt_applies in
-// ggml_cuda_get_best_fattn_kernel.
-bool groups_query_heads(const ggml_tensor * op) {
-    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
-    float max_bias = 0.0f;
-    std::memcpy(&max_bias, op->op_params + 1, sizeof(max_bias));
-    if (q->ne[2] / k->ne[2] < 2 || !mask || max_bias != 0.0f || k->ne[1] % kKvStride != 0) {
-        return false;
-    }
-    for (const ggml_tensor * tensor : {q, k, v, mask}) {
-        if (ggml_is_quantized(tensor->type)) {
-            continue;
-        }
-        for (int i = 1; i < GGML_MAX_DIMS; i++) {
-            if (tensor->nb[i] % 16 != 0) {
-                return false;
-            }
-        }
-    }
-    return true;
-}
-
 bool has_attention_head_size(const ggml_tensor * op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2];
     const int64_t ratio = q->ne[2] / k->ne[2];
@@ -78,33 +55,47 @@ bool has_attention_head_size(const ggml_tensor * op) {
     }
 }
 
-// ggml_cuda_get_best_fattn_kernel, told apart as far as memory depends on it.
-AttentionKernel attention_kernel(const ggml_tensor * op) {
+// ggml_cuda_flash_attn_ext_mma_f16_shall_use_sparse for one query a tile and 8 heads, where
+// ggml_cuda_flash_attn_ext_mma_f16_may_use_sparse.
+bool gathers_keys(const ggml_tensor * op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
-    const std::initializer_list<ggml_type> types = {GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q4_0,
-                                                    GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0};
-    if (!has_attention_head_size(op) || !is_any_of(k->type, types) || !is_any_of(v->type, types) ||
-        (mask && mask->ne[2] != 1)) {
-        return AttentionKernel::none;
+    float logit_softcap = 0.0f;
+    std::memcpy(&logit_softcap, op->op_params + 2, sizeof(logit_softcap));
+    const int64_t n_kv_max = ggml_get_op_params_i32(op, 4);
+    return k->ne[0] == 256 && v->ne[0] == 256 && groups_query_heads(op) && q->ne[2] / k->ne[2] > 4 && n_kv_max > 0 &&
+           logit_softcap == 0.0f && mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 &&
+           k->ne[1] >= std::max<int64_t>(4096, 2 * std::min<int64_t>(q->ne[1], 8) * n_kv_max);
+}
+
+bool prefers_vector_kernel(const ggml_tensor * op, const Card & card) {
+    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2];
+    const int64_t ratio = q->ne[2] / k->ne[2];
+    if (ggml_is_quantized(k->type) || ggml_is_quantized(v->type)) {
+        return q->ne[1] <= (card.compiled >= kTuring && card.capability < kAda ? 1 : 2);
     }
-    const bool fits_vector = q->ne[0] <= 256 && q->ne[0] % 64 == 0 && q->ne[0] != 192 && k->ne[1] % kKvStride == 0;
-    const bool quantized = ggml_is_quantized(k->type) || ggml_is_quantized(v->type);
-    if (fits_vector && q->ne[1] == 1 && (quantized || !groups_query_heads(op))) {
-        return AttentionKernel::vector;
+    if (card.compiled >= kTuring && card.capability >= kAda && q->ne[1] == 1 && q->ne[3] == 1 &&
+        !(ratio > 4 && (q->ne[0] >= 256 || k->ne[1] >= 8192)) && !gathers_keys(op)) {
+        return true;
     }
-    return AttentionKernel::matrix;
+    return q->ne[1] == 1 && !groups_query_heads(op);
+}
+
+// gqa_ratio_eff: how many query heads of one KV head a kernel of Volta's serves together.
+int64_t heads_together(const ggml_tensor * op) {
+    const int64_t size = op->src[0]->ne[0], ratio = op->src[0]->ne[2] / op->src[1]->ne[2];
+    const int64_t most = size == 320 ? 32 : size == 576 || size == 192 ? 16 : 8;
+    int64_t heads = 1;
+    while (ratio % (2 * heads) == 0 && heads < most) {
+        heads *= 2;
+    }
+    return heads;
 }
 
 // ggml_cuda_flash_attn_ext_get_alloc_size: the result, and f16 copies of a K and V that are held in another type.
-size_t attention_alloc_size(const ggml_tensor * op) {
+size_t attention_alloc_size(const ggml_tensor * op, const Card & card) {
     const ggml_tensor *k = op->src[1], *v = op->src[2];
-    const AttentionKernel kernel = attention_kernel(op);
-    // The vector kernel reads equal pairs of these types as they are (GGML_CUDA_FA_QUANTS); others it copies too.
-    const bool reads_as_is = kernel == AttentionKernel::none ||
-                             (kernel == AttentionKernel::vector && k->type == v->type &&
-                              is_any_of(k->type, {GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0}));
     size_t size = ggml_nbytes(op);
-    if (reads_as_is) {
+    if (!reads_f16_copies(op, card)) {
         return size;
     }
     const bool v_is_view_of_k =
@@ -177,8 +168,62 @@ bool has_arithmetic_kernel(const ggml_tensor * op) {
 
 }  // namespace
 
-size_t alloc_size(const ggml_tensor * tensor) {
-    size_t size = tensor->op == GGML_OP_FLASH_ATTN_EXT ? attention_alloc_size(tensor) : ggml_nbytes(tensor);
+bool groups_query_heads(const ggml_tensor * op) {
+    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+    float max_bias = 0.0f;
+    std::memcpy(&max_bias, op->op_params + 1, sizeof(max_bias));
+    if (q->ne[2] / k->ne[2] < 2 || !mask || max_bias != 0.0f || k->ne[1] % kKvStride != 0) {
+        return false;
+    }
+    for (const ggml_tensor * tensor : {q, k, v, mask}) {
+        if (ggml_is_quantized(tensor->type)) {
+            continue;
+        }
+        for (int i = 1; i < GGML_MAX_DIMS; i++) {
+            if (tensor->nb[i] % 16 != 0) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+AttentionKernel attention_kernel(const ggml_tensor * op, const Card & card) {
+    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+    const std::initializer_list<ggml_type> types = {GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q4_0,
+                                                    GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0};
+    if (!has_attention_head_size(op) || !is_any_of(k->type, types) || !is_any_of(v->type, types) ||
+        (mask && mask->ne[2] != 1)) {
+        return AttentionKernel::none;
+    }
+    const bool fits_vector = q->ne[0] <= 256 && q->ne[0] % 64 == 0 && q->ne[0] != 192 && k->ne[1] % kKvStride == 0;
+    const bool fits_tensor_cores = q->ne[0] != 40 && q->ne[0] != 72;
+    if (card.compiled == kVolta && fits_tensor_cores) {
+        const int64_t columns = q->ne[1] * heads_together(op);
+        return fits_vector && columns <= 2 ? AttentionKernel::vector
+               : columns <= 16             ? AttentionKernel::tile
+                                           : AttentionKernel::matrix;
+    }
+    if (fits_vector && prefers_vector_kernel(op, card)) {
+        return AttentionKernel::vector;
+    }
+    return card.compiled >= kTuring && fits_tensor_cores ? AttentionKernel::matrix : AttentionKernel::tile;
+}
+
+bool reads_f16_copies(const ggml_tensor * op, const Card & card) {
+    const ggml_type k = op->src[1]->type, v = op->src[2]->type;
+    switch (attention_kernel(op, card)) {
+        case AttentionKernel::none:
+            return false;
+        case AttentionKernel::vector:  // it is compiled for equal pairs of these types (GGML_CUDA_FA_QUANTS)
+            return k != v || !is_any_of(k, {GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0});
+        default:
+            return true;
+    }
+}
+
+size_t alloc_size(const ggml_tensor * tensor, const Card & card) {
+    size_t size = tensor->op == GGML_OP_FLASH_ATTN_EXT ? attention_alloc_size(tensor, card) : ggml_nbytes(tensor);
     if (ggml_is_quantized(tensor->type) && tensor->ne[0] % kRowPadding != 0) {
         size += ggml_row_size(tensor->type, kRowPadding - tensor->ne[0] % kRowPadding);
     }
@@ -243,7 +288,7 @@ bool has_kernel(const ggml_tensor * op) {
         case GGML_OP_GROUP_NORM:
             return ggml_is_contiguous(a);
         case GGML_OP_FLASH_ATTN_EXT:
-            return attention_kernel(op) != AttentionKernel::none;
+            return attention_kernel(op, Card{}) != AttentionKernel::none;  // on every card or on none
         default:
             return true;
     }
