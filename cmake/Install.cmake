@@ -6,7 +6,7 @@ set(programs
 set(libraries
   ggml ggml-base llama llama-common mtmd
   llama-cli-impl llama-server-impl llama-quantize-impl llama-bench-impl llama-perplexity-impl
-  ggml-rpc ggml-virtual)
+  ggml-rpc ggml-virtual hollow-cpu)
 if(PYLLAMARUN_PORTABLE)
   get_property(cpu_variants DIRECTORY "${LLAMA_CPP_DIR}/ggml/src" PROPERTY BUILDSYSTEM_TARGETS)
   list(FILTER cpu_variants INCLUDE REGEX "^ggml-cpu-")

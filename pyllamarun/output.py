@@ -81,3 +81,19 @@ def progress(unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield advance
+
+
+@contextmanager
+def status(subject: str) -> Iterator[Callable[[str], None]]:
+    """One line on stderr that says how far a long step is, where that is a terminal; gone when it is done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+
+    def show(text: str) -> None:
+        print(f"\r\033[K{subject}: {text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)

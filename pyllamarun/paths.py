@@ -21,6 +21,11 @@ def models_folder() -> Path:
     return _folder("data") / "models"
 
 
+def state_folder() -> Path:
+    """Where what was learned about this machine goes."""
+    return _folder("state")
+
+
 def log_folder() -> Path:
     """Where the servers' logs go."""
     return _folder("log")

@@ -37,7 +37,7 @@ std::vector<std::string> split(const std::string & text, char separator) {
 
 Card parse_card(const std::string & text, int index) {
     std::vector<std::string> fields = split(text, ',');
-    fields.resize(9);
+    fields.resize(10);
     const auto number = [&](size_t i) { return std::atof(fields[i].c_str()); };
     Card card;
     card.index = index;
@@ -51,6 +51,7 @@ Card parse_card(const std::string & text, int index) {
     card.memory_mhz = int(number(6));
     card.pcie_generation = int(number(7));
     card.pcie_lanes = int(number(8));
+    card.reserved = size_t(number(9) * kMiB);
     return card;
 }
 
@@ -162,7 +163,7 @@ size_t held_by_others(int card) {
 // With the lock held: whether so much more fits; if so it is counted.
 bool charge(int card, size_t bytes, size_t Usage::* what) {
     Usage & u = own()[size_t(card)];
-    if (held_by_others(card) + u.total() + bytes > cards()[size_t(card)].total) {
+    if (cards()[size_t(card)].reserved + held_by_others(card) + u.total() + bytes > cards()[size_t(card)].total) {
         return false;
     }
     u.*what += bytes;
@@ -251,7 +252,7 @@ std::vector<Usage> usage(int card) {
 }
 
 size_t used_bytes(int card) {
-    size_t sum = 0;
+    size_t sum = cards()[size_t(card)].reserved;
     for (const Usage & u : usage(card)) {
         sum += u.total();
     }

@@ -1,7 +1,8 @@
 // The machine that the stand-in shows: its cards, and what each process on it holds.
 //
-//   PYLLAMARUN_STANDIN_CARDS    one card per ";": "name,MiB,capability,SMs,shared KiB,bus bits,memory MHz,PCIe,lanes",
-//                               e.g. "NVIDIA GeForce RTX 3060,12288,8.6,28,99,192,7501,4,16"
+//   PYLLAMARUN_STANDIN_CARDS    one card per ";": "name,MiB,capability,SMs,shared KiB,bus bits,memory MHz,PCIe,lanes,
+//                               reserved MiB", e.g. "NVIDIA GeForce RTX 3060,12288,8.6,28,99,192,7501,4,16,244"; what
+//                               is reserved the driver keeps for itself
 //   PYLLAMARUN_STANDIN_STATE    folder of the machine, shared by all its processes; see below.  Without it a process is
 //                               alone on its machine and leaves no trace
 //   PYLLAMARUN_STANDIN_CONTEXT  bytes that a process costs on a card from its first use on (default 0)
@@ -24,7 +25,7 @@ namespace standin {
 
 struct Card {
     std::string name;
-    size_t total = 0;
+    size_t total = 0, reserved = 0;
     int major = 0, minor = 0, multiprocessors = 0;
     size_t shared_memory = 0;
     int bus_bits = 0, memory_mhz = 0, pcie_generation = 0, pcie_lanes = 0;
@@ -54,6 +55,6 @@ void touch(int card);
 
 // What all living processes hold on a card.
 std::vector<Usage> usage(int card);
-size_t used_bytes(int card);
+size_t used_bytes(int card);  // with what the driver keeps
 
 }  // namespace standin

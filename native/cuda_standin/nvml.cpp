@@ -19,6 +19,12 @@ struct Memory {
     unsigned long long total, free, used;
 };
 
+struct PciInfo {
+    char bus_id_legacy[16];
+    unsigned domain, bus, device, pci_device_id, pci_subsystem_id;
+    char bus_id[32];
+};
+
 struct ProcessInfo {
     unsigned pid;
     unsigned long long used;
@@ -111,6 +117,14 @@ int nvmlDeviceGetUUID(Device device, char * uuid, unsigned size) {
     char text[48];
     std::snprintf(text, sizeof(text), "GPU-57a2d111-0000-0000-0000-%012d", device->index);
     return copied(text, uuid, size);
+}
+
+int nvmlDeviceGetPciInfo_v3(Device device, PciInfo * info) {
+    std::memset(info, 0, sizeof(*info));
+    info->bus = unsigned(device->index) + 1;
+    std::snprintf(info->bus_id_legacy, sizeof(info->bus_id_legacy), "%s", device->pci_bus_id().c_str());
+    std::snprintf(info->bus_id, sizeof(info->bus_id), "0000%s", device->pci_bus_id().c_str());
+    return kSuccess;
 }
 
 int nvmlDeviceGetMemoryInfo(Device device, Memory * memory) {

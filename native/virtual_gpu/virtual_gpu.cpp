@@ -3,9 +3,12 @@
 // that llama.cpp places, splits and runs out of memory as on a real card.  Loaded only through GGML_BACKEND_PATH.
 //
 //   PYLLAMARUN_VIRTUAL_GPUS      sizes in MiB, one per device: "12288" or "12288,8192"
-//   PYLLAMARUN_VIRTUAL_RESERVED  MiB that the driver and context hold on each device (default 0)
+//   PYLLAMARUN_VIRTUAL_RESERVED  MiB that the driver and context hold on each device (default 0): one number for all,
+//   or
+//                                one per device
 //   PYLLAMARUN_VIRTUAL_STATE     file that receives "index used total peak\n" per device on each change, in bytes
 //   PYLLAMARUN_VIRTUAL_NAMES     what each device calls itself, separated by ";" (default "virtual GPU, N MiB")
+//   PYLLAMARUN_VIRTUAL_HOLLOW    1: what is copied to a device is not kept, for rehearsals without data
 //   PYLLAMARUN_CARDS             which cards they stand for, as far as memory depends on it: cuda_rules/card.h
 
 #include <algorithm>
@@ -31,6 +34,11 @@ namespace {
 
 constexpr double kMiB = 1024.0 * 1024.0;
 constexpr size_t kPage = 4096;
+
+std::string setting(const char * name) {
+    const char * value = std::getenv(name);
+    return value ? value : "";
+}
 
 struct Device {
     int index = 0;
@@ -130,6 +138,10 @@ void buffer_memset(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, s
 }
 
 void buffer_set(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    static const bool hollow = setting("PYLLAMARUN_VIRTUAL_HOLLOW") == "1";
+    if (hollow) {
+        return;
+    }
     std::memcpy(static_cast<char *>(tensor->data) + offset, data, size);
 }
 
@@ -401,16 +413,15 @@ size_t mib_to_bytes(const std::string & text) {
     return size_t(std::strtod(text.c_str(), nullptr) * kMiB);
 }
 
-std::string setting(const char * name) {
-    const char * value = std::getenv(name);
-    return value ? value : "";
-}
-
 void add_devices_from_environment() {
     std::stringstream sizes(setting("PYLLAMARUN_VIRTUAL_GPUS")), names(setting("PYLLAMARUN_VIRTUAL_NAMES"));
-    const size_t reserved = mib_to_bytes(setting("PYLLAMARUN_VIRTUAL_RESERVED"));
-    std::string size, name;
+    std::stringstream reservations(setting("PYLLAMARUN_VIRTUAL_RESERVED"));
+    size_t reserved = 0;
+    std::string size, name, reservation;
     while (std::getline(sizes, size, ',')) {
+        if (std::getline(reservations, reservation, ',')) {
+            reserved = mib_to_bytes(reservation);
+        }
         if (!std::getline(names, name, ';') || name.empty()) {
             name = "virtual GPU, " + size + " MiB";
         }

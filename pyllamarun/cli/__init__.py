@@ -15,7 +15,7 @@ import click
 from pyllamarun import __version__
 from pyllamarun.errors import PyllamarunError
 
-COMMANDS = ("doctor", "plan", "quantize", "run", "serve")
+COMMANDS = ("doctor", "plan", "rehearse", "quantize", "run", "serve")
 INTERRUPTED, TERMINATED = 130, 143
 
 

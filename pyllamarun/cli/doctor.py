@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import click
 
-from pyllamarun.cli.options import as_json, virtual_gpu
+from pyllamarun.cli.options import as_json, gpu, virtual_gpu
 
 
 @click.command(name="doctor", short_help="What this machine has, and what it lacks.")
+@gpu
 @virtual_gpu
 @as_json
-def command(virtual_gpu: str | None, as_json: bool) -> int:
+def command(gpu: str | None, virtual_gpu: str | None, as_json: bool) -> int:
     """Looks at GPUs, RAM, CPU, disk and the llama.cpp programs.  Exits with 5 when something is broken."""
     import re
+    import sys
     from dataclasses import asdict
 
     from pyllamarun import output, paths
-    from pyllamarun.cli.planning import list_devices, parse_virtual
+    from pyllamarun.cli.planning import list_devices, open_stage
     from pyllamarun.errors import BinaryError
-    from pyllamarun.machine.gpu import survey_gpus
+    from pyllamarun.machine.gpu import read_survey, survey_gpus
     from pyllamarun.machine.host import read_cpu, read_disk, read_memory
     from pyllamarun.run import checkup
     from pyllamarun.run.binaries import find_binaries
     from pyllamarun.run.command import environment
     from pyllamarun.run.process import output_of
+    from pyllamarun.run.stage import ON_STANDIN
 
-    survey, memory, cpu, disk = survey_gpus(), read_memory(), read_cpu(), read_disk(paths.models_folder())
+    memory, cpu, disk = read_memory(), read_cpu(), read_disk(paths.models_folder())
+    survey = survey_gpus()
     rows: list[checkup.Row] = []
     try:
         binaries = find_binaries()
-        devices = list_devices(binaries, parse_virtual(virtual_gpu, None))
+        with open_stage(binaries, gpu, virtual_gpu) as stage:
+            devices = list_devices(binaries, stage)
+            if stage.kind == ON_STANDIN:  # as its NVML shows it, to a process that finds that one
+                _, text = output_of([sys.executable, "-m", "pyllamarun.machine.gpu"], stage.environment)
+                survey = read_survey(text)
         _, text = output_of([binaries.path("llama-server"), "--version"], environment(binaries))
         commit = re.search(r"commit ([0-9a-f]+)", text)
-        rows += checkup.check_gpus(survey, binaries.build.backend)
+        rows += checkup.check_stage(stage.description) + checkup.check_gpus(survey, binaries.build.backend)
         program_rows = checkup.check_build(binaries.build, commit[1] if commit else "", devices)
         program_rows += [
             checkup.Row(checkup.OK, "virtual GPU", f"{device.name}: {device.description}")

@@ -21,6 +21,11 @@ virtual_gpu = click.option(
     "--virtual-gpu", metavar="SIZE[,SIZE]", default=None,
     help="Cards that are not here: virtual GPUs of these sizes, which compute on the CPU.",
 )  # fmt: skip
+gpu = click.option(
+    "--gpu", metavar="NAME[,NAME]", default=None,
+    help="Cards that are not here, by name: 'RTX 3060'.  In a build with CUDA, llama.cpp's own CUDA backend runs on a "
+    "stand-in for them; in one without, they are virtual GPUs of that size.",
+)  # fmt: skip
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the llama.cpp command line and do nothing.")
 
@@ -35,6 +40,7 @@ class PlanOptions:
     slots: int
     overhead: str | None
     virtual_gpu: str | None
+    gpu: str | None
     force: bool
     passthrough: tuple[str, ...]
 
@@ -56,14 +62,16 @@ def planning(function: Function) -> Function:
     @click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Requests served at once.")
     @click.option(
         "--overhead", metavar="SIZE", default=None,
-        help="What the process holds on each GPU besides llama.cpp's buffers.  Default: 364MiB, assumed.",
+        help="What the process holds on each GPU besides llama.cpp's buffers.  Default: a CUDA context, assumed to be "
+        "300MiB, and the scratch memory that ggml-cuda will take.",
     )  # fmt: skip
+    @gpu
     @virtual_gpu
     @click.option("--force", is_flag=True, help="Go on with what does not fit.")
     @functools.wraps(function)
     def wrapper(
         model: Path, passthrough: tuple[str, ...], vram: str | None, context: int, slots: int, overhead: str | None,
-        virtual_gpu: str | None, force: bool, **others: Any,
+        virtual_gpu: str | None, gpu: str | None, force: bool, **others: Any,
     ) -> Any:  # fmt: skip
         if passthrough and not passthrough[0].startswith("-"):
             raise UsageError(
@@ -76,7 +84,7 @@ def planning(function: Function) -> Function:
                     f"{word} cannot stand after `--`.",
                     remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
                 )
-        options = PlanOptions(model, vram, context, slots, overhead, virtual_gpu, force, passthrough)
+        options = PlanOptions(model, vram, context, slots, overhead, virtual_gpu, gpu, force, passthrough)
         return function(options=options, **others)
 
     return wrapper

@@ -17,14 +17,14 @@ def command(options: PlanOptions, as_json: bool, dry_run: bool) -> None:
     llama.cpp itself is asked what it would allocate; nothing is loaded.
     """
     from pyllamarun import output
-    from pyllamarun.cli.planning import plan_model
+    from pyllamarun.cli.planning import planned
     from pyllamarun.plan.report import describe
 
-    planned = plan_model(options)
-    line = planned.shell_line(planned.argv("llama-server"))
+    with planned(options) as plan:
+        line = plan.shell_line(plan.argv("llama-server"))
     if as_json:
-        output.print_json(output.envelope("plan", planned.plan.to_dict()))
+        output.print_json(output.envelope("plan", plan.plan.to_dict() | {"stage": plan.stage.kind}))
     elif dry_run:
         output.print_text(line)
     else:
-        output.print_text(describe(planned.plan, line))
+        output.print_text(describe(plan.plan, line, plan.stage.description))

@@ -1,25 +1,29 @@
-"""From options to a plan: reads the model, starts the probe, asks it.  Imported only when a command runs."""
+"""From options to a plan: reads the model, sets the stage, asks the probe.  Imported only when a command runs."""
 
 from __future__ import annotations
 
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pyllamarun import paths
 from pyllamarun.cli.options import PlanOptions
-from pyllamarun.errors import BinaryError
+from pyllamarun.errors import BinaryError, UsageError
+from pyllamarun.machine.cards import find_card, identify
 from pyllamarun.machine.host import read_memory
-from pyllamarun.models.gguf import read_header
+from pyllamarun.models.gguf import Header, read_header
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused, parse_devices
 from pyllamarun.plan.request import Request, VirtualGpu, context_bytes, parse_budgets, parse_virtual_gpus
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
-from pyllamarun.run.command import environment, shell_line
+from pyllamarun.run.command import shell_line
 from pyllamarun.run.process import output_of, running
+from pyllamarun.run.rehearsal import Rehearsals
+from pyllamarun.run.stage import REAL, Stage, real_stage, standin_stage, virtual_stage
 from pyllamarun.units import parse_size
 
 # Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.
@@ -28,24 +32,25 @@ NEEDS_VOCABULARY = ("-bs", "--backend-sampling")
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, with what is needed to carry it out."""
+    """A plan, with what is needed to carry it out; the stage is there until the plan is left."""
 
     plan: Plan
+    header: Header
     binaries: Binaries
-    virtual_gpus: tuple[VirtualGpu, ...]
+    stage: Stage
+    devices: tuple[Device, ...]
+    rehearsals: Rehearsals
 
     def argv(self, program: str, *more: str) -> list[str]:
         """The plan's arguments for llama-server or llama-cli."""
         return [str(self.binaries.path(program)), *self.plan.argv[1:], *more]
 
-    def environment(self) -> dict[str, str]:
-        return environment(self.binaries, self.virtual_gpus)
-
     def shell_line(self, argv: Sequence[str]) -> str:
-        return shell_line(argv, self.virtual_gpus, self.binaries)
+        return shell_line(argv, {name: self.stage.environment[name] for name in self.stage.shown})
 
 
-def plan_model(options: PlanOptions) -> Planned:
+@contextmanager
+def planned(options: PlanOptions) -> Iterator[Planned]:
     """Raises what can go wrong on the way: UsageError, ModelError, DoesNotFit, Refused, BinaryError."""
     header = read_header(options.model.expanduser())
     overhead_bytes = parse_size(options.overhead) if options.overhead is not None else None
@@ -58,32 +63,61 @@ def plan_model(options: PlanOptions) -> Planned:
         force=options.force,
     )
     binaries = find_binaries()
-    virtual_gpus = parse_virtual(options.virtual_gpu, overhead_bytes)
-    devices = list_devices(binaries, virtual_gpus)
-    with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder, open_probe(binaries, virtual_gpus) as probe:
-        model, skeleton = str(header.path), str(Path(folder) / "skeleton.gguf")
-        write_skeleton(header, Path(skeleton))
-
-        def ask(arguments: Sequence[str]) -> Answer:
-            if any(argument in NEEDS_VOCABULARY for argument in arguments):
-                return probe.ask(arguments)
-            try:
-                return probe.ask(["-m", skeleton, *arguments[2:]])
-            except Refused as error:
-                raise Refused(error.what.replace(skeleton, model), why=error.why.replace(skeleton, model)) from None
-
-        plan = make_plan(header, request, devices, read_memory(), ask)
-    return Planned(plan, binaries, virtual_gpus)
+    with open_stage(binaries, options.gpu, options.virtual_gpu, overhead_bytes) as stage:
+        devices = list_devices(binaries, stage)
+        if stage.kind == REAL:
+            stage = stage.knowing([identify(device.description, device.total_bytes) for device in devices], binaries)
+        rehearsals = Rehearsals(paths.state_folder() / "rehearsals", header, stage, binaries.build)
+        with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder, open_probe(binaries, stage) as probe:
+            ask = _Questions(probe, header, Path(folder) / "skeleton.gguf", rehearsals)
+            plan = make_plan(header, request, devices, read_memory(), ask)
+        yield Planned(plan, header, binaries, stage, devices, rehearsals)
 
 
-def parse_virtual(text: str | None, overhead_bytes: int | None) -> tuple[VirtualGpu, ...]:
-    """Virtual cards that hold a context, as a plan assumes of a real one."""
-    return () if text is None else parse_virtual_gpus(text, context_bytes(overhead_bytes))
+class _Questions:
+    """Asks the probe about a model by its skeleton; what a rehearsal has shown takes the place of what was computed."""
+
+    def __init__(self, probe: Probe, header: Header, skeleton: Path, rehearsals: Rehearsals) -> None:
+        self._probe, self._rehearsals = probe, rehearsals
+        self._model, self._skeleton = str(header.path), str(write_skeleton(header, skeleton))
+
+    def __call__(self, arguments: Sequence[str]) -> Answer:
+        answer = self._answer(arguments)
+        scratch = self._rehearsals.get(arguments)
+        return replace(answer, scratch=scratch, scratch_source="rehearsed") if scratch is not None else answer
+
+    def _answer(self, arguments: Sequence[str]) -> Answer:
+        if any(argument in NEEDS_VOCABULARY for argument in arguments):
+            return self._probe.ask(arguments)
+        try:
+            return self._probe.ask(["-m", self._skeleton, *arguments[2:]])
+        except Refused as error:
+            what, why = (text.replace(self._skeleton, self._model) for text in (error.what, error.why))
+            raise Refused(what, why=why) from None
 
 
-def list_devices(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu]) -> tuple[Device, ...]:
+def open_stage(
+    binaries: Binaries, gpu: str | None, virtual_gpu: str | None, overhead_bytes: int | None = None
+) -> AbstractContextManager[Stage]:
+    """The stage that --gpu and --virtual-gpu ask for.  A card that is not here holds a context, as a real one would."""
+    if gpu is not None and virtual_gpu is not None:
+        raise UsageError("--gpu and --virtual-gpu exclude each other.", remedy="Name cards or give sizes.")
+    context = context_bytes(overhead_bytes)
+    if gpu is not None:
+        cards = [find_card(name) for name in gpu.split(",")]
+        if binaries.build.backend == "cuda":
+            return standin_stage(binaries, cards, context)
+        return virtual_stage(
+            binaries, [VirtualGpu(card.memory_bytes, card.reserved_bytes + context, card) for card in cards]
+        )
+    if virtual_gpu is not None:
+        return virtual_stage(binaries, parse_virtual_gpus(virtual_gpu, context))
+    return real_stage(binaries)
+
+
+def list_devices(binaries: Binaries, stage: Stage) -> tuple[Device, ...]:
     """The GPUs that llama.cpp would see."""
-    status, text = output_of([binaries.path(PROBE), "--devices"], environment(binaries, virtual_gpus))
+    status, text = output_of([binaries.path(PROBE), "--devices"], stage.environment)
     lines = [line for line in text.splitlines() if line.startswith("[")]
     if status != 0 or not lines:
         raise BinaryError("llama.cpp cannot list its devices.", why=text.strip(), remedy="Run `pyllamarun doctor`.")
@@ -91,9 +125,7 @@ def list_devices(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu]) -> tupl
 
 
 @contextmanager
-def open_probe(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu]) -> Iterator[Probe]:
+def open_probe(binaries: Binaries, stage: Stage) -> Iterator[Probe]:
     argv, pipe = [binaries.path(PROBE)], subprocess.PIPE
-    with running(
-        argv, environment(binaries, virtual_gpus), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
-    ) as process:
+    with running(argv, stage.environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
         yield Probe(process)

@@ -38,11 +38,11 @@ def command(
     from contextlib import AbstractContextManager
 
     from pyllamarun import output
-    from pyllamarun.cli.planning import parse_virtual
     from pyllamarun.machine.host import read_cpu
     from pyllamarun.models import quantize as quantizing
     from pyllamarun.models.gguf import read_header
     from pyllamarun.models.skeleton import write_skeleton
+    from pyllamarun.plan.request import parse_virtual_gpus
     from pyllamarun.run.binaries import find_binaries
     from pyllamarun.run.command import environment
     from pyllamarun.run.process import output_of, running
@@ -50,7 +50,7 @@ def command(
 
     binaries = find_binaries()
     quantizer = binaries.path("llama-quantize")
-    variables = environment(binaries, parse_virtual(virtual_gpu, None))
+    variables = environment(binaries, parse_virtual_gpus(virtual_gpu, 0) if virtual_gpu else ())
 
     def start(argv: Sequence[str]) -> AbstractContextManager[subprocess.Popen[str]]:
         return running(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -6,6 +6,8 @@ import click
 
 from pyllamarun.cli.options import PlanOptions, dry_run, planning
 
+REHEARSED_TOKENS = 16  # on the CUDA stand-in, where no answer ever comes to an end
+
 
 @click.command(name="run", short_help="Answer one prompt, within the VRAM budget.")
 @planning
@@ -17,21 +19,31 @@ def command(options: PlanOptions, prompt: str, predict: int | None, dry_run: boo
     import sys
 
     from pyllamarun import output
-    from pyllamarun.cli.planning import plan_model
+    from pyllamarun.cli.planning import planned
     from pyllamarun.errors import UsageError
     from pyllamarun.run.answer import cli_arguments, stream_answer
     from pyllamarun.run.process import running
+    from pyllamarun.run.stage import ON_STANDIN
 
     if prompt == "-":
         prompt = sys.stdin.read()
     prompt = prompt.rstrip("\n")
     if not prompt.strip():
         raise UsageError("The prompt is empty.", remedy="Give one with -p.")
-    planned = plan_model(options)
-    argv = planned.argv("llama-cli", *cli_arguments(prompt, predict))
-    if dry_run:
-        output.print_text(planned.shell_line(argv))
-        return
-    for warning in planned.plan.warnings:
-        output.note(f"warning: {warning}")
-    stream_answer(running, argv, planned.environment(), output.write)
+    with planned(options) as plan:
+        rehearsing = plan.stage.kind == ON_STANDIN
+        if rehearsing and predict is None:
+            predict = REHEARSED_TOKENS
+        argv = plan.argv("llama-cli", *cli_arguments(prompt, predict))
+        if dry_run:
+            output.print_text(plan.shell_line(argv))
+            return
+        for warning in plan.plan.warnings:
+            output.note(f"warning: {warning}")
+        if plan.stage.description:
+            output.note(plan.stage.description)
+        if not rehearsing:
+            stream_answer(running, argv, plan.stage.environment, output.write)
+            return
+        stream_answer(running, argv, plan.stage.hollow(plan.binaries).environment, lambda _: None)
+        output.note("It ran within its memory.  Nothing was computed, so there is no answer.")

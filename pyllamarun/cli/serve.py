@@ -18,16 +18,25 @@ def command(options: PlanOptions, host: str, port: int, dry_run: bool) -> None:
     Prints the address when the server is ready; its log goes to stderr.  SIGINT and SIGTERM stop it.
     """
     from pyllamarun import output
-    from pyllamarun.cli.planning import plan_model
+    from pyllamarun.cli.planning import planned
     from pyllamarun.run.process import running
     from pyllamarun.run.server import check_port, serve
+    from pyllamarun.run.stage import ON_STANDIN
 
-    planned = plan_model(options)
-    argv = planned.argv("llama-server", "--host", host, "--port", str(port))
-    if dry_run:
-        output.print_text(planned.shell_line(argv))
-        return
-    check_port(host, port)
-    for warning in planned.plan.warnings:
-        output.note(f"warning: {warning}")
-    serve(running, argv, planned.environment(), host, port, output.print_text, output.note)
+    with planned(options) as plan:
+        argv = plan.argv("llama-server", "--host", host, "--port", str(port))
+        stage = plan.stage
+        if stage.kind == ON_STANDIN:
+            argv += ["--alias", "rehearsal: nothing is computed, and no answer means anything"]
+            stage = stage.hollow(plan.binaries)
+        if dry_run:
+            output.print_text(plan.shell_line(argv))
+            return
+        check_port(host, port)
+        for warning in plan.plan.warnings:
+            output.note(f"warning: {warning}")
+        if stage.description:
+            output.note(stage.description)
+        if stage.kind == ON_STANDIN:
+            output.note("warning: nothing is computed; this is for rehearsing, and no answer means anything")
+        serve(running, argv, stage.environment, host, port, output.print_text, output.note)

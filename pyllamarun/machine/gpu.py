@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Gpu:
     index: int
     name: str
     uuid: str
+    pci_address: str | None
     total_bytes: int
     free_bytes: int
     used_bytes: int
@@ -43,6 +45,16 @@ class GpuSurvey:
     driver_version: str | None
     cuda_version: str | None
     problem: str = ""
+
+
+def read_survey(text: str) -> GpuSurvey:
+    """What `python -m pyllamarun.machine.gpu` prints in another process, such as one on the CUDA stand-in."""
+    data = json.loads(text)
+    gpus = []
+    for gpu in data.pop("gpus"):
+        processes = tuple(GpuProcess(**process) for process in gpu.pop("processes"))
+        gpus.append(Gpu(**gpu, processes=processes))
+    return GpuSurvey(tuple(gpus), **data)
 
 
 def survey_gpus(timeout_seconds: float = NVML_TIMEOUT_SECONDS) -> GpuSurvey:
@@ -94,6 +106,12 @@ def _asked(pynvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
+def normal_pci_address(address: str) -> str:
+    """NVML's "00000000:01:00.0" and CUDA's "0000:01:00.0", as CUDA writes them."""
+    domain, _, rest = address.lower().partition(":")
+    return f"{domain[-4:]}:{rest}"
+
+
 def _process_name(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
@@ -115,6 +133,7 @@ def _gpu(pynvml: Any, index: int) -> Gpu | None:
         for process in _asked(pynvml, function, handle) or []:
             processes.append(GpuProcess(process.pid, _process_name(process.pid), process.usedGpuMemory))
     capability = _asked(pynvml, pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    pci = _asked(pynvml, pynvml.nvmlDeviceGetPciInfo, handle)
     width_bits = _asked(pynvml, pynvml.nvmlDeviceGetMemoryBusWidth, handle)
     clock_mhz = _asked(pynvml, pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM)
     bandwidth = None
@@ -124,6 +143,7 @@ def _gpu(pynvml: Any, index: int) -> Gpu | None:
         index=index,
         name=_text(_asked(pynvml, pynvml.nvmlDeviceGetName, handle)) or f"GPU {index}",
         uuid=_text(_asked(pynvml, pynvml.nvmlDeviceGetUUID, handle)) or "",
+        pci_address=normal_pci_address(_text(pci.busId) or "") if pci else None,
         total_bytes=memory.total,
         free_bytes=memory.free,
         used_bytes=memory.used,
@@ -133,3 +153,7 @@ def _gpu(pynvml: Any, index: int) -> Gpu | None:
         pcie_width=_asked(pynvml, pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
         memory_bandwidth_bytes_per_second=bandwidth,
     )
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(survey_gpus())))

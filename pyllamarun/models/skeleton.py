@@ -6,6 +6,7 @@ any model takes some tens of KiB on disk and milliseconds to load.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Iterable, Mapping
@@ -28,20 +29,35 @@ from pyllamarun.models.types import TENSOR_TYPES, TensorType
 _TYPE_NUMBERS = {tensor_type.name: number for number, tensor_type in TENSOR_TYPES.items()}
 
 
-def write_skeleton(header: Header, path: Path) -> Path:
-    """Writes the skeleton of a model, split models as one file, and returns its path."""
-    metadata = {key: value for key, value in header.metadata.items() if not _is_left_out(key, value)}
-    # With this tokenizer llama.cpp makes up as many tokens as vocab_size says: llama_vocab::impl::load.
-    metadata["tokenizer.ggml.model"] = Value(STRING, "none")
-    metadata[f"{header.architecture}.vocab_size"] = Value(UINT32, _vocabulary_size(header))
+def write_skeleton(header: Header, path: Path, *, vocabulary: bool = False) -> Path:
+    """Writes the skeleton of a model, split models as one file, and returns its path.
+
+    With its vocabulary, llama-server serves it as it would serve the model, and every weight is zero.
+    """
+    metadata = {key: value for key, value in header.metadata.items() if not key.startswith("split.")}
+    if not vocabulary:
+        metadata = {key: value for key, value in metadata.items() if not _belongs_to_vocabulary(key, value)}
+        # With this tokenizer llama.cpp makes up as many tokens as vocab_size says: llama_vocab::impl::load.
+        metadata["tokenizer.ggml.model"] = Value(STRING, "none")
+        metadata[f"{header.architecture}.vocab_size"] = Value(UINT32, _vocabulary_size(header))
     metadata["general.alignment"] = Value(UINT32, DEFAULT_ALIGNMENT)
     return write_sparse(path, metadata, ((tensor.name, tensor.type, tensor.shape) for tensor in header.tensors))
 
 
-def _is_left_out(key: str, value: Value) -> bool:
-    if key.startswith("split."):
-        return True
+def _belongs_to_vocabulary(key: str, value: Value) -> bool:
     return key.startswith("tokenizer.") and (isinstance(value.data, Array) or "chat_template" in key)
+
+
+def fingerprint(header: Header) -> str:
+    """Tells models apart as far as memory depends on them: a digest of what a skeleton holds."""
+    metadata = [
+        (key, value.type, value.data)
+        for key, value in sorted(header.metadata.items())
+        if not isinstance(value.data, Array) or key.startswith(f"{header.architecture}.")
+    ]
+    tensors = [(tensor.name, tensor.type.name, tensor.shape) for tensor in header.tensors]
+    facts = [_vocabulary_size(header), metadata, tensors]
+    return hashlib.sha256(repr(facts).encode("utf-8", "replace")).hexdigest()
 
 
 def _vocabulary_size(header: Header) -> int:

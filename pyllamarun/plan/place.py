@@ -20,6 +20,7 @@ GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
 TENSOR_SPLIT = ("-ts", "--tensor-split")
 DEVICES = ("-dev", "--device")
 MAX_SPLIT_ATTEMPTS = 4
+GIVEN, ASSUMED = "given", "assumed"
 
 Ask = Callable[[Sequence[str]], Answer]
 
@@ -28,8 +29,8 @@ Ask = Callable[[Sequence[str]], Answer]
 class Limit:
     """What the process may hold on one GPU.
 
-    `limit_bytes` is the budget, or less where less is free now; `overhead_bytes` is what is held besides llama.cpp's
-    buffers, and counts against it.
+    `limit_bytes` is the budget, or less where less is free now.  `overhead_bytes` is held besides llama.cpp's buffers
+    and counts against it: the CUDA context, to which a placement adds its scratch pool; or, when it was given, both.
     """
 
     device: Device
@@ -53,8 +54,20 @@ class Placement:
     answer: Answer
     limits: tuple[Limit, ...]
 
+    def scratch_bytes(self, limit: Limit) -> int:
+        """What is held besides buffers and context; assumed where the probe has no rules, as for Vulkan."""
+        if limit.overhead_source == GIVEN:
+            return 0
+        computed = self.answer.scratch_bytes(limit.device.name)
+        return ASSUMED_POOL_BYTES if computed is None else computed
+
+    def scratch_source(self, limit: Limit) -> str:
+        if limit.overhead_source == GIVEN:
+            return GIVEN
+        return ASSUMED if self.answer.scratch_bytes(limit.device.name) is None else self.answer.scratch_source
+
     def used_bytes(self, limit: Limit) -> int:
-        return self.answer.bytes(device=limit.device.name) + limit.overhead_bytes
+        return self.answer.bytes(device=limit.device.name) + limit.overhead_bytes + self.scratch_bytes(limit)
 
     @property
     def fits(self) -> bool:
@@ -97,9 +110,9 @@ def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, 
                 f"{format_size(device.total_bytes)}.",
                 remedy="Give a smaller --vram, or `max` for all that is free.",
             )
-        overhead, source = request.overhead_bytes, "given"
+        overhead, source = request.overhead_bytes, GIVEN
         if overhead is None:
-            overhead, source = ASSUMED_CONTEXT_BYTES + ASSUMED_POOL_BYTES, "assumed"
+            overhead, source = ASSUMED_CONTEXT_BYTES, ASSUMED
         limits.append(Limit(device, budget_bytes, min(budget_bytes, free_bytes), overhead, source))
     return tuple(limits)
 
@@ -165,11 +178,12 @@ def _does_not_fit(placement: Placement, subject: str) -> DoesNotFit:
         for use in ("weights", "context", "compute", "total")
         if answer.bytes(device=name, use=use)
     )
+    overhead = limit.overhead_bytes + placement.scratch_bytes(limit)
     limited = "" if limit.limit_bytes == limit.budget_bytes else f" (of a budget of {format_size(limit.budget_bytes)})"
     needed = placement.used_bytes(limit)
     return DoesNotFit(
         f"{subject} needs {format_size(needed)} on {name}, and may use {format_size(limit.limit_bytes)}{limited}.",
-        why=f"{parts}, overhead {format_size(limit.overhead_bytes)} ({limit.overhead_source}).",
+        why=f"{parts}, overhead {format_size(overhead)} ({limit.overhead_source}).",
         remedy=f"Allow --vram {-(-needed // 2**20)}MiB, or take less with a smaller -c, or a smaller -ub after `--`.",
     )
 
@@ -228,8 +242,9 @@ class _Search:
     def _room_in_layers(self, placement: Placement, limit: Limit, count: int) -> float:
         """How many layers like its present ones would fill this GPU."""
         answer, name = placement.answer, limit.device.name
-        fixed = answer.bytes(device=name, use="compute")
-        layer_bytes = (answer.bytes(device=name) - fixed) / count if count else 0.0
+        compute = answer.bytes(device=name, use="compute")
+        fixed = compute + placement.scratch_bytes(limit)
+        layer_bytes = (answer.bytes(device=name) - compute) / count if count else 0.0
         if not layer_bytes:
             layer_bytes = sum(answer.bytes(device=one.device.name) for one in self._limits) / placement.gpu_layers
         return max(0.0, (limit.buffer_bytes - fixed) / layer_bytes)

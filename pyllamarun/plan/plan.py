@@ -18,7 +18,11 @@ from pyllamarun.units import format_size
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """One GPU, in bytes.  total = weights + context + compute + projector + overhead, and total <= budget."""
+    """One GPU, in bytes.  total = weights + context + compute + projector + overhead, and total <= budget.
+
+    The overhead is the CUDA context, "assumed" or "given", and of it `scratch_bytes` are ggml-cuda's scratch pool and
+    cuBLAS's workspace: "computed" by rules, "rehearsed", "assumed" where there are none, or "given" with the overhead.
+    """
 
     name: str
     description: str
@@ -29,6 +33,8 @@ class DevicePlan:
     projector_bytes: int
     overhead_bytes: int
     overhead_source: str
+    scratch_bytes: int
+    scratch_source: str
     total_bytes: int
 
 
@@ -107,8 +113,10 @@ def _device_plan(placement: Placement, limit: Limit) -> DevicePlan:
         context_bytes=answer.bytes(device=name, use="context"),
         compute_bytes=answer.bytes(device=name, use="compute"),
         projector_bytes=answer.bytes(device=name, use="total"),
-        overhead_bytes=limit.overhead_bytes,
+        overhead_bytes=limit.overhead_bytes + placement.scratch_bytes(limit),
         overhead_source=limit.overhead_source,
+        scratch_bytes=placement.scratch_bytes(limit),
+        scratch_source=placement.scratch_source(limit),
         total_bytes=placement.used_bytes(limit),
     )
 

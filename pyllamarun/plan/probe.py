@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pyllamarun.errors import BinaryError, UsageError
 
@@ -29,8 +30,21 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """What ggml-cuda allocates on a device while it computes: its scratch pool, and the workspace it gives cuBLAS."""
+
+    device: str
+    part: str
+    pool_bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What llama-server would allocate with the arguments that were asked about."""
+    """What llama-server would allocate with the arguments that were asked about.
+
+    `scratch_source` says where `scratch` comes from: "computed" by the probe, or "rehearsed".
+    """
 
     layers: int
     nextn_layers: int
@@ -41,6 +55,13 @@ class Answer:
     experts: int
     buffers: tuple[Buffer, ...]
     worst_prompt_tokens: int
+    scratch: tuple[Scratch, ...] = ()
+    scratch_source: str = "computed"
+
+    def scratch_bytes(self, device: str) -> int | None:
+        """Scratch pool and workspace on a device; None where the probe has no rules for it."""
+        sizes = [one.pool_bytes + one.workspace_bytes for one in self.scratch if one.device == device]
+        return sum(sizes) if sizes else None
 
     @property
     def offloadable_layers(self) -> int:
@@ -60,12 +81,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Device:
-    """A device as ggml lists it."""
+    """A device as ggml lists it; `id` is a CUDA card's PCI address."""
 
     name: str
     description: str
     backend: str
     type: str
+    id: str | None
     free_bytes: int
     total_bytes: int
 
@@ -106,8 +128,7 @@ def _answer(data: dict[str, object]) -> Answer:
         log = data.get("log")
         lines = [str(line) for line in log] if isinstance(log, list) else []
         raise Refused(f"{data['error']}.", why="\n".join(lines))
-    raw = data["buffers"]
-    assert isinstance(raw, list)
+    raw = _list(data, "buffers")
     names = ("device", "buffer", "part", "use", "kind", "bytes")
     return Answer(
         layers=_integer(data, "n_layer"),
@@ -119,7 +140,14 @@ def _answer(data: dict[str, object]) -> Answer:
         experts=_integer(data, "n_expert"),
         buffers=tuple(Buffer(**{name: entry[name] for name in names}) for entry in raw),
         worst_prompt_tokens=max((entry.get("worst_prompt_tokens", 0) for entry in raw), default=0),
+        scratch=tuple(Scratch(**entry) for entry in _list(data, "scratch")),
     )
+
+
+def _list(data: dict[str, object], key: str) -> list[dict[str, Any]]:
+    value = data.get(key, [])
+    assert isinstance(value, list)
+    return value
 
 
 def _integer(data: dict[str, object], key: str) -> int:
@@ -130,6 +158,6 @@ def _integer(data: dict[str, object], key: str) -> int:
 
 def parse_devices(text: str) -> tuple[Device, ...]:
     """What `pyllamarun-probe --devices` prints, GPUs only."""
-    names = ("name", "description", "backend", "type", "free_bytes", "total_bytes")
+    names = ("name", "description", "backend", "type", "id", "free_bytes", "total_bytes")
     devices = (Device(**{name: entry[name] for name in names}) for entry in json.loads(text))
     return tuple(device for device in devices if device.type == "gpu")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pyllamarun.output import table
-from pyllamarun.plan.plan import Plan
+from pyllamarun.plan.plan import DevicePlan, Plan
 from pyllamarun.units import format_size
 
 
-def describe(plan: Plan, command_line: str) -> str:
-    """Several lines: the model, where it goes, what that takes, and the command that does it."""
+def describe(plan: Plan, command_line: str, stage: str = "") -> str:
+    """Several lines: the model, what it is planned on, where it goes, what that takes, the command that does it."""
     lines = [
         f"{plan.model_name}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
         f"{_layers(plan)}, {plan.context_tokens:,} tokens of context in {plan.slots} slot{'s' * (plan.slots != 1)}",
+        *([stage] if stage else []),
         "",
     ]
     if plan.devices:
@@ -39,10 +40,20 @@ def _device_table(plan: Plan) -> str:
         sizes.append(device.budget_bytes - device.total_bytes)
         rows.append([device.name, *map(format_size, sizes)])
     lines = [table(rows, header=header, right=range(1, len(header)))]
-    sources = {device.overhead_source for device in plan.devices}
-    if "assumed" in sources:
-        lines.append("The overhead (CUDA context and scratch pool) is assumed, not measured.")
+    lines += dict.fromkeys(_overhead(device) for device in plan.devices)
     return "\n".join(lines)
+
+
+def _overhead(device: DevicePlan) -> str:
+    """Where the overhead comes from: devices that agree say it once."""
+    if device.overhead_source == "given":
+        return "The overhead was given."
+    context = format_size(device.overhead_bytes - device.scratch_bytes)
+    scratch = format_size(device.scratch_bytes)
+    return (
+        f"Overhead: a CUDA context of {context}, {device.overhead_source} until it is measured, and {scratch} "
+        f"of scratch memory, {device.scratch_source}."
+    )
 
 
 def _host_table(plan: Plan) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyllamarun.errors import UsageError
+from pyllamarun.machine.cards import Card
 from pyllamarun.units import MIB, format_size, parse_size
 
 DEFAULT_CONTEXT_TOKENS = 4096  # upstream's own smallest for --fit
@@ -18,14 +19,15 @@ ASSUMED_POOL_BYTES = 64 * MIB
 
 @dataclass(frozen=True)
 class VirtualGpu:
-    """A card that is not here: its size, and what its driver and context would hold."""
+    """A card that is not here: its size, what its driver and context would hold, and which card it stands for."""
 
     total_bytes: int
     reserved_bytes: int = 0
+    card: Card | None = None
 
     @property
     def name(self) -> str:
-        return f"virtual {format_size(self.total_bytes)} GPU"
+        return f"virtual {self.card.short_name if self.card else format_size(self.total_bytes) + ' GPU'}"
 
 
 @dataclass(frozen=True)

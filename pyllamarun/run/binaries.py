@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from pyllamarun.errors import BinaryError
 
 PROBE = "pyllamarun-probe"
 VIRTUAL_GPU = "libggml-virtual.so"
+HOLLOW_CPU = "libhollow-cpu.so"
+STANDIN, NVML_STANDIN = "libcuda-standin.so", "libnvml-standin.so"
 REINSTALL = "Install the package again: pip install --force-reinstall --no-deps ."
 
 
@@ -32,6 +35,18 @@ class Build:
     @property
     def has_chat_page(self) -> bool:
         return bool(self.facts.get("chat_page"))
+
+    def compiled_for(self, compute_capability: str) -> str:
+        """The highest compute capability, such as "8.6", that the CUDA backend has kernels for and the card can run.
+
+        "0" if it has none; the card's own where the build does not say, or has no CUDA backend.
+        """
+        listed = re.findall(r"(?:^|;)(\d+)(\d)", str(self.facts.get("cuda_architectures") or ""))
+        if not listed:
+            return compute_capability
+        wanted = tuple(map(int, compute_capability.split(".")))
+        best = max((pair for pair in ((int(a), int(b)) for a, b in listed) if pair <= wanted), default=None)
+        return f"{best[0]}.{best[1]}" if best else "0"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ class Row:
     remedy: str = ""
 
 
+def check_stage(description: str) -> list[Row]:
+    """What the machine's GPUs are taken to be, where they are not its own."""
+    return [Row(OK, "stage", description)] if description else []
+
+
 def check_gpus(survey: GpuSurvey, backend: str) -> list[Row]:
     rows = []
     if not survey.gpus:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pyllamarun.plan.request import VirtualGpu
@@ -23,7 +23,7 @@ def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] = ()) -> 
     if virtual_gpus:
         result["GGML_BACKEND_PATH"] = str(binaries.path(VIRTUAL_GPU))
         result["PYLLAMARUN_VIRTUAL_GPUS"] = ",".join(_mib(gpu.total_bytes) for gpu in virtual_gpus)
-        result["PYLLAMARUN_VIRTUAL_RESERVED"] = _mib(virtual_gpus[0].reserved_bytes)
+        result["PYLLAMARUN_VIRTUAL_RESERVED"] = ",".join(_mib(gpu.reserved_bytes) for gpu in virtual_gpus)
         result["PYLLAMARUN_VIRTUAL_NAMES"] = ";".join(gpu.name for gpu in virtual_gpus)
         result["CUDA_VISIBLE_DEVICES"] = ""
         result["GGML_VK_VISIBLE_DEVICES"] = ""
@@ -44,13 +44,7 @@ def _from_here(word: str) -> str:
     return str(below) if len(below.parts) > 1 else f"./{below}"
 
 
-def shell_line(argv: Sequence[str], virtual_gpus: Sequence[VirtualGpu] = (), binaries: Binaries | None = None) -> str:
-    """A command line that a person can paste here, with the variables that virtual GPUs need."""
-    line = shlex.join(map(_from_here, argv))
-    if virtual_gpus and binaries:
-        names = ["GGML_BACKEND_PATH", "PYLLAMARUN_VIRTUAL_GPUS", "PYLLAMARUN_VIRTUAL_RESERVED"]
-        if binaries.build.backend != "cpu":
-            names += ["CUDA_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"]
-        values = environment(binaries, virtual_gpus)
-        line = " ".join(f"{name}={shlex.quote(_from_here(values[name]))}" for name in names) + " " + line
-    return line
+def shell_line(argv: Sequence[str], variables: Mapping[str, str] | None = None) -> str:
+    """A command line that a person can paste here, with the variables that it needs."""
+    words = [f"{name}={shlex.quote(_from_here(value))}" for name, value in (variables or {}).items()]
+    return " ".join([*words, shlex.join(map(_from_here, argv))])

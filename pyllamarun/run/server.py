@@ -10,8 +10,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from pyllamarun.errors import DoesNotFit, ServerError
 
@@ -43,6 +43,14 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
+def free_port() -> int:
+    """A port on loopback that nobody uses at the moment."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
 def is_listening(process: subprocess.Popen[str], port: int) -> bool:
     """Whether *this* process listens on the port; that something answers there says nothing."""
     import psutil
@@ -63,6 +71,45 @@ def is_healthy(host: str, port: int) -> bool:
         return False
 
 
+class Server:
+    """A llama-server that answers; `lines` are the last of its log."""
+
+    def __init__(self, process: subprocess.Popen[str], lines: deque[str], url: str, reader: threading.Thread) -> None:
+        self.process, self.lines, self.url, self._reader = process, lines, url, reader
+
+    def failure(self) -> ServerError | DoesNotFit:
+        """Why it ended; it has."""
+        self._reader.join(timeout=5)
+        return failure(self.process.returncode, self.lines)
+
+
+@contextmanager
+def ready_server(
+    running: Running,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    host: str,
+    port: int,
+    log: Callable[[str], None],
+) -> Iterator[Server]:
+    """Starts llama-server and waits until our own answers; raises why, when it ends before.
+
+    `log` gets each line of its log.  There is no time limit for loading: a large model on a slow disk takes many
+    minutes, and the log shows it.
+    """
+    lines: deque[str] = deque(maxlen=200)
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    with running(argv, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        reader = threading.Thread(target=_relay, args=(process, lines, log), daemon=True)
+        reader.start()
+        server = Server(process, lines, f"http://{_address(reachable)}:{port}", reader)
+        while not (is_listening(process, port) and is_healthy(reachable, port)):
+            if process.poll() is not None:
+                raise server.failure()
+            time.sleep(POLL_SECONDS)
+        yield server
+
+
 def serve(
     running: Running,
     argv: Sequence[str],
@@ -74,21 +121,12 @@ def serve(
 ) -> None:
     """Runs llama-server until it ends, which is an error: whoever wants it to end leaves by an exception.
 
-    `announce` gets one line when our own server answers, `log` each line of its log.  There is no time limit for
-    loading: a large model on a slow disk takes many minutes, and the log shows it.
+    `announce` gets one line when our own server answers, `log` each line of its log.
     """
-    lines: deque[str] = deque(maxlen=200)
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    with running(argv, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        reader = threading.Thread(target=_relay, args=(process, lines, log), daemon=True)
-        reader.start()
-        while process.poll() is None:
-            if is_listening(process, port) and is_healthy(reachable, port):
-                announce(f"ready: http://{_address(reachable)}:{port}")
-                process.wait()
-            time.sleep(POLL_SECONDS)
-        reader.join(timeout=5)
-        raise failure(process.returncode, lines)
+    with ready_server(running, argv, environment, host, port, log) as server:
+        announce(f"ready: {server.url}")
+        server.process.wait()
+        raise server.failure()
 
 
 def _relay(process: subprocess.Popen[str], lines: deque[str], log: Callable[[str], None]) -> None:

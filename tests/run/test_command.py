@@ -39,5 +39,7 @@ def test_virtual_gpus_are_the_only_cards(binaries: Binaries, monkeypatch: pytest
     assert int(float(variables["PYLLAMARUN_VIRTUAL_GPUS"]) * 2**20) == gpu.total_bytes
     assert variables["CUDA_VISIBLE_DEVICES"] == ""
     assert "LLAMA_ARG_N_GPU_LAYERS" not in variables
-    line = shell_line(["llama-server"], [gpu], binaries)
-    assert ("CUDA_VISIBLE_DEVICES=''" in line) == (binaries.build.backend != "cpu")
+
+
+def test_variables_stand_before_a_shown_command() -> None:
+    assert shell_line(["llama-server"], {"A": "x y", "B": ""}) == "A='x y' B='' llama-server"

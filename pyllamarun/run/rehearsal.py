@@ -1,0 +1,257 @@
+"""Rehearsals: the real llama-server, loaded with a model's skeleton and prompted on every slot, its memory counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pyllamarun.errors import ServerError
+from pyllamarun.machine.gpu import GpuSurvey, normal_pci_address
+from pyllamarun.models.gguf import Header
+from pyllamarun.models.skeleton import fingerprint
+from pyllamarun.plan.plan import DevicePlan, Plan
+from pyllamarun.plan.probe import Device, Scratch
+from pyllamarun.run.binaries import Build
+from pyllamarun.run.server import Running, Server, ready_server
+from pyllamarun.run.stage import ON_STANDIN, Stage, Usage
+
+PROMPT_SECONDS = 3600.0
+ENDING_SECONDS = 10.0  # for a server that has failed a prompt to be gone
+MEASURE_SECONDS = 0.05
+
+
+class Meter(Protocol):
+    """Tells what a process takes on each GPU of a plan."""
+
+    def start(self, pid: int) -> None:
+        """From now on it is watched."""
+
+    def read(self) -> Sequence[Usage]:
+        """What it has come to."""
+
+
+@dataclass(frozen=True)
+class DeviceRehearsal:
+    """One GPU, in bytes.
+
+    `buffer_bytes` is what was allocated at the end besides the pool: llama.cpp's buffers and `workspace_bytes` of
+    cuBLAS's.  `difference_bytes` is the peak less what was predicted.  On a real card only context, buffers and pool
+    together can be seen, as the driver counts them: `context_bytes` is then what the prediction of the others leaves.
+    """
+
+    name: str
+    description: str
+    budget_bytes: int
+    predicted_bytes: int
+    peak_bytes: int
+    difference_bytes: int
+    context_bytes: int
+    buffer_bytes: int
+    workspace_bytes: int
+    pool_bytes: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    model: str
+    stage: str
+    argv: tuple[str, ...]
+    prompts: int
+    prompt_tokens: int
+    seconds: float
+    devices: tuple[DeviceRehearsal, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(device.peak_bytes <= device.budget_bytes for device in self.devices)
+
+
+def rehearse(
+    running: Running,
+    argv: Sequence[str],
+    port: int,
+    plan: Plan,
+    stage: Stage,
+    meter: Meter,
+    progress: Callable[[str], None],
+    log: Callable[[str], None],
+) -> Rehearsal:
+    """Starts `argv`, the plan's llama-server, lets every slot take prompts that fill it, and reads what it took.
+
+    Raises DoesNotFit when memory runs out on the way, ServerError when the server fails otherwise.
+    """
+    start = time.monotonic()
+    progress("loading")
+    with ready_server(running, argv, stage.environment, "127.0.0.1", port, log) as server:
+        longest = plan.slot_context_tokens - 1
+        lengths = [longest] * plan.slots
+        meter.start(server.process.pid)
+        progress(f"{plan.slots} prompts of {longest:,} tokens at once" if plan.slots > 1 else f"{longest:,} tokens")
+        _prompt(server, lengths)
+        for length in {plan.worst_prompt_tokens, longest} - {0}:
+            _prompt(server, [length])
+            lengths.append(length)
+        usages = meter.read()
+    devices = [_compare(device, usage, stage) for device, usage in zip(plan.devices, usages)]
+    return Rehearsal(
+        model=plan.model,
+        stage=stage.kind,
+        argv=("llama-server", *argv[1:]),
+        prompts=len(lengths),
+        prompt_tokens=sum(lengths),
+        seconds=time.monotonic() - start,
+        devices=tuple(devices),
+    )
+
+
+def _compare(device: DevicePlan, usage: Usage, stage: Stage) -> DeviceRehearsal:
+    predicted_buffers = device.total_bytes - device.overhead_bytes
+    workspace = max(0, usage.buffer_bytes - predicted_buffers) if stage.kind == ON_STANDIN else 0
+    return DeviceRehearsal(
+        name=device.name,
+        description=device.description,
+        budget_bytes=device.budget_bytes,
+        predicted_bytes=device.total_bytes,
+        peak_bytes=usage.peak_bytes,
+        difference_bytes=usage.peak_bytes - device.total_bytes,
+        context_bytes=usage.context_bytes,
+        buffer_bytes=usage.buffer_bytes,
+        workspace_bytes=workspace,
+        pool_bytes=usage.pool_peak_bytes,
+    )
+
+
+def _prompt(server: Server, lengths: Sequence[int]) -> None:
+    """Sends prompts of so many tokens at once and waits for a token from each."""
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        reasons = [reason for reason in pool.map(lambda length: _complete(server, length), lengths) if reason]
+    if not reasons:
+        return
+    try:
+        server.process.wait(timeout=ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ServerError("llama-server refused a prompt.", why=reasons[0]) from None
+    raise server.failure()
+
+
+def _complete(server: Server, length: int) -> str:
+    """The reason when it failed."""
+    body = {"prompt": [0] * length, "n_predict": 1, "cache_prompt": False}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/completion", json.dumps(body).encode(), headers)
+    try:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=PROMPT_SECONDS) as answer:
+            answer.read()
+        return ""
+    except urllib.error.HTTPError as error:
+        return error.read().decode("utf-8", "replace")
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+class StageMeter:
+    """Reads what a stage has counted of a process."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._pid = stage, 0
+
+    def start(self, pid: int) -> None:
+        self._pid = pid
+
+    def read(self) -> Sequence[Usage]:
+        return self._stage.usage(self._pid)
+
+
+class DriverMeter:
+    """Follows what a driver says that a process holds on each GPU, and keeps the most it saw.
+
+    `held` gives bytes by GPU of the plan.  Buffers and scratch memory are taken as predicted, and the rest is context.
+    """
+
+    def __init__(self, held: Callable[[int], Sequence[int]], devices: Sequence[DevicePlan]) -> None:
+        self._held, self._devices = held, devices
+        self._peaks = [0] * len(devices)
+        self._pid = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def start(self, pid: int) -> None:
+        self._pid = pid
+        self._thread.start()
+
+    def _look(self) -> None:
+        self._peaks = [max(pair) for pair in zip(self._peaks, self._held(self._pid))]
+
+    def _follow(self) -> None:
+        while not self._stop.wait(MEASURE_SECONDS):
+            self._look()
+
+    def read(self) -> Sequence[Usage]:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+        usages = []
+        for device, peak in zip(self._devices, self._peaks):
+            buffers = device.total_bytes - device.overhead_bytes
+            context = max(0, peak - buffers - device.scratch_bytes)
+            usages.append(Usage(context, buffers, device.scratch_bytes, peak, device.scratch_bytes, 0))
+        return usages
+
+
+def driver_usage(survey: Callable[[], GpuSurvey], devices: Sequence[Device]) -> Callable[[int], list[int]]:
+    """Asks the driver what a process holds on each of llama.cpp's devices, which it knows by their PCI addresses."""
+
+    def held(pid: int) -> list[int]:
+        by_address: dict[str, int] = {}
+        for gpu in survey().gpus:
+            own = [process.used_bytes or 0 for process in gpu.processes if process.pid == pid]
+            by_address[gpu.pci_address or ""] = sum(own)
+        return [by_address.get(normal_pci_address(device.id or ""), 0) for device in devices]
+
+    return held
+
+
+class Rehearsals:
+    """What rehearsals have shown of one model on one stage: a small file for each set of arguments."""
+
+    def __init__(self, folder: Path, header: Header, stage: Stage, build: Build) -> None:
+        self._folder = folder
+        cards = stage.environment.get("PYLLAMARUN_CARDS", "")
+        self._facts = [fingerprint(header), cards, stage.kind != "virtual", build.commit, build.backend]
+
+    def _path(self, arguments: Sequence[str]) -> Path:
+        # After -m MODEL, where the model lies says nothing of its memory.
+        key = json.dumps([self._facts, list(arguments[2:])])
+        return self._folder / (hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32] + ".json")
+
+    def get(self, arguments: Sequence[str]) -> tuple[Scratch, ...] | None:
+        """What these arguments took besides buffers and context; None when that was not rehearsed."""
+        try:
+            entries = json.loads(self._path(arguments).read_text(encoding="utf-8"))
+            return tuple(Scratch(**entry) for entry in entries)
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def put(self, arguments: Sequence[str], rehearsal: Rehearsal) -> None:
+        """Keeps the scratch memory of a rehearsal, if the file can be written."""
+        scratch = [Scratch(d.name, "model", d.pool_bytes, d.workspace_bytes) for d in rehearsal.devices]
+        path = self._path(arguments)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps([asdict(one) for one in scratch]), encoding="utf-8")
+            partial.replace(path)
+        except OSError:
+            pass

@@ -1,0 +1,144 @@
+"""What llama.cpp's programs run on: this machine's own GPUs, virtual ones, or cards on the CUDA stand-in."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pyllamarun.machine.cards import Card
+from pyllamarun.plan.request import VirtualGpu
+from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, STANDIN, Binaries
+from pyllamarun.run.command import environment
+from pyllamarun.units import KIB, MIB
+
+REAL, VIRTUAL, ON_STANDIN = "real", "virtual", "standin"
+
+_STANDIN_NAMES = ("libcudart.so.12", "libcudart.so.13", "libcublas.so.12", "libcublas.so.13", "libcublasLt.so.12",
+                  "libcublasLt.so.13", "libcuda.so.1")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one process holds on one device, in bytes; context, pool and allocations are 0 on a virtual GPU.
+
+    `peak_bytes` is the most that the first three came to at any moment.
+    """
+
+    context_bytes: int
+    buffer_bytes: int
+    pool_bytes: int
+    peak_bytes: int
+    pool_peak_bytes: int
+    allocations: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`environment` is for the programs; `shown`, those of its variables that a pasted command line needs.
+
+    `cards` are the models of card that its GPUs are or stand for, in ggml's order, as far as they are known.
+    """
+
+    kind: str
+    environment: Mapping[str, str]
+    cards: tuple[Card | None, ...] = ()
+    shown: tuple[str, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def description(self) -> str:
+        """What it is if it is not this machine's own."""
+        names = ", ".join(card.short_name if card else "a GPU" for card in self.cards)
+        if self.kind == ON_STANDIN:
+            return f"{names} on the CUDA stand-in: llama.cpp's own CUDA backend on a card that is not here"
+        if self.kind == VIRTUAL and names:
+            return f"{names} as a virtual GPU of that size; a build with CUDA would ask llama.cpp's own CUDA backend"
+        return ""
+
+    def knowing(self, cards: Sequence[Card | None], binaries: Binaries) -> Stage:
+        """This stage with its cards known to the memory probe, which counts their scratch pools."""
+        variables = {"PYLLAMARUN_CARDS": ";".join(_rules_line(card, binaries) for card in cards)} if any(cards) else {}
+        return replace(self, environment={**self.environment, **variables}, cards=tuple(cards))
+
+    def hollow(self, binaries: Binaries) -> Stage:
+        """This stage for a rehearsal: nothing is computed, and no weight is looked at."""
+        variables = {"LD_PRELOAD": str(binaries.path(HOLLOW_CPU)), "PYLLAMARUN_VIRTUAL_HOLLOW": "1"}
+        return replace(self, environment={**self.environment, **variables})
+
+    def usage(self, pid: int) -> tuple[Usage, ...]:
+        """What a process holds on each device of a stage that counts it: not the real one."""
+        assert self.folder
+        if self.kind == VIRTUAL:
+            rows = (map(int, line.split()) for line in _lines(self.folder / "virtual"))
+            reserved = [int(float(mib) * MIB) for mib in self.environment["PYLLAMARUN_VIRTUAL_RESERVED"].split(",")]
+            return tuple(
+                Usage(0, used - reserved[index], 0, peak - reserved[index], 0, 0) for index, used, _, peak in rows
+            )
+        rows = (map(int, line.split()[1:]) for line in _lines(self.folder / "state" / "processes" / str(pid)))
+        return tuple(Usage(*row) for row in rows)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except FileNotFoundError:  # the process has not looked at a GPU yet
+        return []
+
+
+@contextmanager
+def real_stage(binaries: Binaries) -> Iterator[Stage]:
+    yield Stage(REAL, environment(binaries))
+
+
+@contextmanager
+def virtual_stage(binaries: Binaries, gpus: Sequence[VirtualGpu]) -> Iterator[Stage]:
+    shown = ["GGML_BACKEND_PATH", "PYLLAMARUN_VIRTUAL_GPUS", "PYLLAMARUN_VIRTUAL_RESERVED"]
+    if binaries.build.backend != "cpu":
+        shown += ["CUDA_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"]
+    with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder:
+        variables = environment(binaries, gpus) | {"PYLLAMARUN_VIRTUAL_STATE": str(Path(folder) / "virtual")}
+        stage = Stage(VIRTUAL, variables, shown=tuple(shown), folder=Path(folder))
+        yield stage.knowing([gpu.card for gpu in gpus], binaries)
+
+
+@contextmanager
+def standin_stage(binaries: Binaries, cards: Sequence[Card], context_bytes: int) -> Iterator[Stage]:
+    """A machine with these cards, on which the real ggml-cuda runs; each process's context costs that much.
+
+    BinaryError where the build has no CUDA backend.
+    """
+    with tempfile.TemporaryDirectory(prefix="pyllamarun-") as name:
+        folder = Path(name)
+        libraries = folder / "lib"
+        libraries.mkdir()
+        for link in _STANDIN_NAMES:
+            (libraries / link).symlink_to(binaries.path(STANDIN))
+        (libraries / "libnvidia-ml.so.1").symlink_to(binaries.path(NVML_STANDIN))
+        variables = environment(binaries) | {
+            "LD_LIBRARY_PATH": str(libraries),
+            "PYLLAMARUN_STANDIN_CARDS": ";".join(map(_standin_line, cards)),
+            "PYLLAMARUN_STANDIN_STATE": str(folder / "state"),
+            "PYLLAMARUN_STANDIN_CONTEXT": str(context_bytes),
+            "GGML_CUDA_DISABLE_GRAPHS": "1",
+        }
+        variables.pop("CUDA_VISIBLE_DEVICES", None)
+        yield Stage(ON_STANDIN, variables, folder=folder).knowing(cards, binaries)
+
+
+def _standin_line(card: Card) -> str:
+    """A card as native/cuda_standin/machine.h describes it."""
+    fields = [card.name, f"{card.memory_bytes / MIB:g}", card.compute_capability, card.multiprocessors,
+              card.shared_memory_bytes // KIB, card.bus_bits, card.memory_mhz, card.pcie_generation, card.pcie_lanes,
+              f"{card.reserved_bytes / MIB:g}"]  # fmt: skip
+    return ",".join(map(str, fields))
+
+
+def _rules_line(card: Card | None, binaries: Binaries) -> str:
+    """A card as native/cuda_rules/card.h describes it."""
+    if card is None:
+        return ""
+    fields = [card.compute_capability, card.multiprocessors, card.shared_memory_bytes // KIB]
+    return ",".join(map(str, [*fields, binaries.build.compiled_for(card.compute_capability)]))
