@@ -47,7 +47,7 @@ def command(options: PlanOptions, for_real: bool, as_json: bool) -> int:
         stage = plan.stage.hollow(plan.binaries)
         port = free_port()
         with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder:
-            skeleton = write_skeleton(plan.header, Path(folder) / "model.gguf", vocabulary=True)
+            skeleton = write_skeleton(plan.header, Path(folder) / "model.gguf", servable=True)
             argv = plan.argv("llama-server", "--host", "127.0.0.1", "--port", str(port))
             argv[argv.index("-m") + 1] = str(skeleton)
             meter = (

@@ -36,7 +36,7 @@ CHUNK_BYTES = 1 << 20
 
 # enum gguf_type: number -> struct format, for the types of fixed size.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY, UINT32 = 8, 9, 4
+STRING, ARRAY, UINT32, INT32, FLOAT32 = 8, 9, 4, 5, 6
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Writes skeletons: sparse GGUF files with a model's metadata and tensor table, but without vocabulary and data.
+"""Writes skeletons: sparse GGUF files with a model's metadata and tensor table, but without its vocabulary and data.
 
 llama.cpp's memory and `llama-quantize --dry-run` come out the same on a skeleton as on the model, and a skeleton of
 any model takes some tens of KiB on disk and milliseconds to load.
@@ -16,6 +16,8 @@ from typing import Any
 from pyllamarun.models.gguf import (
     ARRAY,
     DEFAULT_ALIGNMENT,
+    FLOAT32,
+    INT32,
     MAGIC,
     SCALARS,
     STRING,
@@ -29,23 +31,47 @@ from pyllamarun.models.types import TENSOR_TYPES, TensorType
 _TYPE_NUMBERS = {tensor_type.name: number for number, tensor_type in TENSOR_TYPES.items()}
 
 
-def write_skeleton(header: Header, path: Path, *, vocabulary: bool = False) -> Path:
+def write_skeleton(header: Header, path: Path, *, servable: bool = False) -> Path:
     """Writes the skeleton of a model, split models as one file, and returns its path.
 
-    With its vocabulary, llama-server serves it as it would serve the model, and every weight is zero.
+    A servable one has a made-up vocabulary of the model's size, so that llama-server can serve it; every weight is zero.
     """
-    metadata = {key: value for key, value in header.metadata.items() if not key.startswith("split.")}
-    if not vocabulary:
-        metadata = {key: value for key, value in metadata.items() if not _belongs_to_vocabulary(key, value)}
+    metadata = {key: value for key, value in header.metadata.items() if not _is_left_out(key, value, servable)}
+    size = _vocabulary_size(header)
+    if servable:
+        metadata |= _made_up_vocabulary(size)
+    else:
         # With this tokenizer llama.cpp makes up as many tokens as vocab_size says: llama_vocab::impl::load.
         metadata["tokenizer.ggml.model"] = Value(STRING, "none")
-        metadata[f"{header.architecture}.vocab_size"] = Value(UINT32, _vocabulary_size(header))
+        metadata[f"{header.architecture}.vocab_size"] = Value(UINT32, size)
     metadata["general.alignment"] = Value(UINT32, DEFAULT_ALIGNMENT)
     return write_sparse(path, metadata, ((tensor.name, tensor.type, tensor.shape) for tensor in header.tensors))
 
 
-def _belongs_to_vocabulary(key: str, value: Value) -> bool:
-    return key.startswith("tokenizer.") and (isinstance(value.data, Array) or "chat_template" in key)
+def _is_left_out(key: str, value: Value, servable: bool) -> bool:
+    if not key.startswith("tokenizer."):
+        return key.startswith("split.")
+    # What else the tokenizer's keys say, such as how many token types there are, belongs to the model's shape.
+    names_tokens = key.endswith(("_token_id", ".pre"))
+    return isinstance(value.data, Array) or "chat_template" in key or (servable and names_tokens)
+
+
+def _made_up_vocabulary(size: int) -> dict[str, Value]:
+    """Of the plainest kind, SentencePiece's: three special tokens, the bytes, and as many words as it takes."""
+    unknown, normal, control, byte = 2, 1, 3, 6  # llama_token_type
+    tokens = [("<unk>", unknown), ("<s>", control), ("</s>", control)]
+    tokens += [(f"<0x{value:02X}>", byte) for value in range(256)]
+    tokens += [(f"t{number}", normal) for number in range(len(tokens), size)]
+    names, kinds = zip(*tokens[: max(size, 3)])
+    count = len(names)
+    return {
+        "tokenizer.ggml.model": Value(STRING, "llama"),
+        "tokenizer.ggml.tokens": Value(ARRAY, Array(STRING, count, b"".join(map(_string, names)))),
+        "tokenizer.ggml.scores": Value(ARRAY, Array(FLOAT32, count, bytes(4 * count))),
+        "tokenizer.ggml.token_type": Value(ARRAY, Array(INT32, count, struct.pack(f"<{count}i", *kinds))),
+        "tokenizer.ggml.bos_token_id": Value(UINT32, 1),
+        "tokenizer.ggml.eos_token_id": Value(UINT32, 2),
+    }
 
 
 def fingerprint(header: Header) -> str:
