@@ -34,7 +34,7 @@ _TYPE_NUMBERS = {tensor_type.name: number for number, tensor_type in TENSOR_TYPE
 def write_skeleton(header: Header, path: Path, *, servable: bool = False) -> Path:
     """Writes the skeleton of a model, split models as one file, and returns its path.
 
-    A servable one has a made-up vocabulary of the model's size, so that llama-server can serve it; every weight is zero.
+    A servable one has a made-up vocabulary of the same size, so that llama-server can serve it; every weight is zero.
     """
     metadata = {key: value for key, value in header.metadata.items() if not _is_left_out(key, value, servable)}
     size = _vocabulary_size(header)

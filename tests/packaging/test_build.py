@@ -29,9 +29,9 @@ PROGRAMS = {
     "llama-gguf-split", "ggml-rpc-server", "pyllamarun-probe",
 }  # fmt: skip
 LIBRARIES = {
-    "libggml.so", "libggml-base.so", "libggml-cpu.so", "libggml-rpc.so", "libggml-virtual.so", "libhollow-cpu.so", "libllama.so",
-    "libllama-common.so", "libmtmd.so", "libllama-cli-impl.so", "libllama-server-impl.so", "libllama-quantize-impl.so",
-    "libllama-bench-impl.so", "libllama-perplexity-impl.so",
+    "libggml.so", "libggml-base.so", "libggml-cpu.so", "libggml-rpc.so", "libggml-virtual.so", "libhollow-cpu.so",
+    "libllama.so", "libllama-common.so", "libmtmd.so", "libllama-cli-impl.so", "libllama-server-impl.so",
+    "libllama-quantize-impl.so", "libllama-bench-impl.so", "libllama-perplexity-impl.so",
 }  # fmt: skip
 BACKEND_LIBRARIES: dict[str, set[str]] = {
     "cpu": set(),
