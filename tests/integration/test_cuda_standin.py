@@ -9,32 +9,37 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from harness import RunningServer, free_port
-from standin import StandIn, standin
 
+from pyllamarun.machine.cards import Card, find_card
 from pyllamarun.plan.probe import Answer, Probe
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.process import running
+from pyllamarun.run.stage import Stage, standin_stage
 from pyllamarun.units import MIB
 
-
-@pytest.fixture(autouse=True)
-def _cuda_build(binaries: Binaries) -> None:
-    if binaries.build.backend != "cuda":
-        pytest.skip("this build has no CUDA; PYLLAMARUN_BACKEND=cuda scripts/test")
+pytestmark = pytest.mark.usefixtures("cuda_build")
 
 
-def ask(machine: StandIn, binaries: Binaries, arguments: list[str]) -> Answer:
+@contextmanager
+def standin(binaries: Binaries, *cards: str | Card, context_bytes: int = 0) -> Iterator[Stage]:
+    known = [find_card(card) if isinstance(card, str) else card for card in cards]
+    with standin_stage(binaries, known, context_bytes) as stage:
+        yield stage
+
+
+def ask(machine: Stage, binaries: Binaries, arguments: list[str]) -> Answer:
     pipe = subprocess.PIPE
     with running([binaries.path(PROBE)], machine.environment, stdin=pipe, stdout=pipe) as process:
         return Probe(process).ask(arguments)
 
 
 @contextmanager
-def serve(machine: StandIn, binaries: Binaries, arguments: list[str], log: Path) -> Iterator[RunningServer]:
+def serve(machine: Stage, binaries: Binaries, arguments: list[str], log: Path) -> Iterator[RunningServer]:
     port = free_port()
     argv = [binaries.path("llama-server"), *arguments, "--port", str(port), "-fit", "off", "--no-warmup", "-t", "2"]
     with log.open("w") as file, running(argv, machine.environment, stdout=file, stderr=file) as process:
@@ -106,8 +111,8 @@ def test_predicted_is_allocated_by_the_real_cuda_backend(
             assert 0 < after.pool_peak_bytes <= 64 * MIB
 
 
-def card_of(size_bytes: int) -> str:
-    return f"NVIDIA small card,{size_bytes / MIB},8.6,28,99,192,7501,4,16"
+def card_of(size_bytes: int) -> Card:
+    return replace(find_card("RTX 3060"), memory_bytes=size_bytes, reserved_bytes=0)
 
 
 @pytest.mark.parametrize("part", ["weights", "context", "compute"])
@@ -160,7 +165,7 @@ def test_a_neighbour_s_memory_counts_until_it_dies(
             third.wait_until_ready()
 
 
-def survey(machine: StandIn, **variables: str) -> dict[str, object]:
+def survey(machine: Stage, **variables: str) -> dict[str, object]:
     """What machine/gpu.py reads of the stand-in, in a process of its own."""
     code = """
         import dataclasses, json
@@ -168,7 +173,7 @@ def survey(machine: StandIn, **variables: str) -> dict[str, object]:
         print(json.dumps(dataclasses.asdict(survey_gpus(timeout_seconds=2))))
     """
     argv = [sys.executable, "-c", textwrap.dedent(code)]
-    result = subprocess.run(argv, env=machine.environment | variables, capture_output=True, text=True, check=True)
+    result = subprocess.run(argv, env={**machine.environment, **variables}, capture_output=True, text=True, check=True)
     found: dict[str, object] = json.loads(result.stdout)
     return found
 
@@ -182,7 +187,7 @@ def test_nvml_shows_cards_and_processes(binaries: Binaries, tiny: Callable[[str]
             (gpu,) = survey(machine)["gpus"]
             held = usage.context_bytes + usage.buffer_bytes + usage.pool_bytes
             assert gpu["processes"] == [{"pid": server.process.pid, "name": "llama-server", "used_bytes": held}]
-            assert gpu["free_bytes"] == gpu["total_bytes"] - held
+            assert gpu["free_bytes"] == gpu["total_bytes"] - held - find_card("RTX 3060").reserved_bytes
         (gpu,) = survey(machine)["gpus"]
         assert gpu["processes"] == []
         assert gpu["name"] == "NVIDIA GeForce RTX 3060"
@@ -205,6 +210,6 @@ def test_nvml_that_fails(binaries: Binaries) -> None:
 def test_a_lost_card_ends_the_server(binaries: Binaries, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     arguments = ["-m", str(tiny("llama")), "-c", "1024", "-ngl", "99"]
     with standin(binaries, "RTX 3060") as machine:
-        machine.environment["PYLLAMARUN_STANDIN_FAIL"] = "lost=0"
-        with serve(machine, binaries, arguments, tmp_path / "log") as server:
+        lost = replace(machine, environment={**machine.environment, "PYLLAMARUN_STANDIN_FAIL": "lost=0"})
+        with serve(lost, binaries, arguments, tmp_path / "log") as server:
             assert server.process.wait(60) != 0
