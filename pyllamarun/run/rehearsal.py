@@ -107,7 +107,7 @@ def rehearse(
     return Rehearsal(
         model=plan.model,
         stage=stage.kind,
-        argv=("llama-server", *argv[1:]),
+        argv=plan.argv,
         prompts=len(lengths),
         prompt_tokens=sum(lengths),
         seconds=time.monotonic() - start,

@@ -11,7 +11,8 @@ from pyllamarun.units import format_size
 def describe_rehearsal(rehearsal: Rehearsal, stage: str) -> str:
     """What was done and on what, each GPU's peak beside prediction and budget, and the verdict."""
     tokens = f"{rehearsal.prompts} prompt{'s' * (rehearsal.prompts != 1)}, {rehearsal.prompt_tokens:,} tokens"
-    lines = [f"{stage or 'This machine'}: llama-server loaded and took {tokens}, in {rehearsal.seconds:.1f} s.", ""]
+    lines = [f"llama-server loaded and took {tokens}, in {rehearsal.seconds:.1f} s.", ""]
+    lines[:0] = [stage] if stage else []
     header = ["GPU", "context", "buffers", "pool", "peak", "predicted", "difference", "budget"]
     lines.append(table([_row(device) for device in rehearsal.devices], header=header, right=range(1, len(header))))
     if rehearsal.stage == VIRTUAL:

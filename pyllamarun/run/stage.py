@@ -51,11 +51,11 @@ class Stage:
     @property
     def description(self) -> str:
         """What it is if it is not this machine's own."""
-        names = ", ".join(card.short_name if card else "a GPU" for card in self.cards)
+        names = ", ".join(card.short_name for card in self.cards if card)
         if self.kind == ON_STANDIN:
-            return f"{names} on the CUDA stand-in: llama.cpp's own CUDA backend on a card that is not here"
+            return f"On the CUDA stand-in: {names}."
         if self.kind == VIRTUAL and names:
-            return f"{names} as a virtual GPU of that size; a build with CUDA would ask llama.cpp's own CUDA backend"
+            return f"On virtual GPUs of that size, since this build has no CUDA: {names}."
         return ""
 
     def knowing(self, cards: Sequence[Card | None], binaries: Binaries) -> Stage:
