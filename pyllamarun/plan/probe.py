@@ -29,6 +29,16 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """What ggml-cuda allocates besides its buffers for one context on one device, once prompts are computed."""
+
+    device: str
+    part: str
+    pool_bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """What llama-server would allocate with the arguments that were asked about."""
 
@@ -41,6 +51,7 @@ class Answer:
     experts: int
     buffers: tuple[Buffer, ...]
     worst_prompt_tokens: int
+    scratch: tuple[Scratch, ...]
 
     @property
     def offloadable_layers(self) -> int:
@@ -56,6 +67,10 @@ class Answer:
             and (use is None or buffer.use == use or (use == "compute" and buffer.use == "compute_growth"))
             and (kind is None or buffer.kind == kind)
         )
+
+    def scratch_bytes(self, device: str) -> int:
+        """What ggml-cuda's scratch pools and cuBLAS's workspaces come to on a device."""
+        return sum(entry.pool_bytes + entry.workspace_bytes for entry in self.scratch if entry.device == device)
 
 
 @dataclass(frozen=True)
@@ -106,8 +121,9 @@ def _answer(data: dict[str, object]) -> Answer:
         log = data.get("log")
         lines = [str(line) for line in log] if isinstance(log, list) else []
         raise Refused(f"{data['error']}.", why="\n".join(lines))
-    raw = data["buffers"]
+    raw, scratch = data["buffers"], data["scratch"]
     assert isinstance(raw, list)
+    assert isinstance(scratch, list)
     names = ("device", "buffer", "part", "use", "kind", "bytes")
     return Answer(
         layers=_integer(data, "n_layer"),
@@ -119,6 +135,7 @@ def _answer(data: dict[str, object]) -> Answer:
         experts=_integer(data, "n_expert"),
         buffers=tuple(Buffer(**{name: entry[name] for name in names}) for entry in raw),
         worst_prompt_tokens=max((entry.get("worst_prompt_tokens", 0) for entry in raw), default=0),
+        scratch=tuple(Scratch(**entry) for entry in scratch),
     )
 
 
