@@ -14,6 +14,8 @@ from pyllamarun.run.command import environment
 # Name, MiB as NVML shows them, compute capability, SMs, shared memory a block may ask for (KiB), memory bus (bits),
 # memory clock (MHz), PCIe generation and lanes: NVIDIA's specifications and CUDA's programming guide.
 CARDS = {
+    "GTX 1080": "NVIDIA GeForce GTX 1080,8192,6.1,20,48,256,5005,3,16",
+    "V100": "Tesla V100-SXM2-16GB,16384,7.0,80,96,4096,877,3,16",
     "RTX 2060": "NVIDIA GeForce RTX 2060,6144,7.5,30,64,192,7001,3,16",
     "RTX 3060": "NVIDIA GeForce RTX 3060,12288,8.6,28,99,192,7501,4,16",
     "RTX 4090": "NVIDIA GeForce RTX 4090,24564,8.9,128,99,384,10501,4,16",

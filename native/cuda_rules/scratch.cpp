@@ -16,13 +16,13 @@ constexpr int64_t kImplicitConvolutionLimit = INT32_MAX - 256;
 
 // ------------------------------------------------------------------------------------------- what CUB takes
 
-// CUB's algorithms say how much they need only when asked, and not the same in each version of CUDA.  These are bounds:
-// sorting needs copies of keys and values and some counts per tile (dispatch_radix_sort.cuh,
-// dispatch_segmented_sort.cuh), top-k buffers of candidates, scans and sums a state per tile or block.
+// CUB's algorithms say how much they need only when asked, and not the same in each version of CUDA.  These are bounds.
+// Sorting needs copies of keys and values and counts for each tile, up to 8.2 bytes a value and a few KiB in CUDA 13.5;
+// scans and sums need a state for each tile or block, and top-k a few candidates: 160 KiB for a million values.
 constexpr size_t kCubStates = size_t(1) << 20;
 
 size_t cub_sort_bytes(int64_t values) {
-    return from_pool(size_t(values) * 3 * sizeof(float) + kCubStates);
+    return from_pool(size_t(values) * 9 + kCubStates);
 }
 
 size_t cub_states_bytes() {
@@ -56,12 +56,13 @@ Scratch argsort_scratch(const ggml_tensor * op) {  // ggml_cuda_op_argsort
     return keys->ne[0] <= kMostBitonicColumns ? Scratch{} : Scratch{sorted_rows_bytes(keys), false};
 }
 
-// ggml_cuda_op_top_k: CUB's own, or, in CUDA before 13.1, an argsort into a temporary tensor.
+// ggml_cuda_op_top_k: CUB's own, one row at a time, or, before CUDA 13.1, which takes far more where there are many
+// rows, an argsort into a temporary tensor.
 Scratch top_k_scratch(const ggml_tensor * op) {
     const ggml_tensor * keys = op->src[0];
     const int64_t rows = std::min(std::max(int64_t(kSortChunkBytes / keys->nb[1]), int64_t(1)), ggml_nrows(keys));
     const size_t sorted = from_pool(size_t(keys->ne[0] * rows) * sizeof(int32_t));
-    return {sorted + argsort_scratch(op).pool_bytes, false};
+    return {sorted + std::max(argsort_scratch(op).pool_bytes, cub_states_bytes()), false};
 }
 
 // cumsum_cuda
@@ -144,6 +145,28 @@ Scratch convolution_scratch(const ggml_tensor * op, int dimensions, const Card &
 void Scratch::include(const Scratch & other) {
     pool_bytes = std::max(pool_bytes, other.pool_bytes);
     uses_cublas = uses_cublas || other.uses_cublas;
+}
+
+bool may_take_scratch(const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+        case GGML_OP_FLASH_ATTN_EXT:
+        case GGML_OP_SOFT_MAX:
+        case GGML_OP_ARGSORT:
+        case GGML_OP_TOP_K:
+        case GGML_OP_CUMSUM:
+        case GGML_OP_SUM:
+        case GGML_OP_MEAN:
+        case GGML_OP_SSM_SCAN:
+        case GGML_OP_OUT_PROD:
+        case GGML_OP_SOLVE_TRI:
+        case GGML_OP_CONV_2D:
+        case GGML_OP_CONV_3D:
+            return true;
+        default:
+            return false;
+    }
 }
 
 Scratch scratch(const ggml_tensor * op, const Card & card) {

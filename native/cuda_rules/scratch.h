@@ -24,6 +24,9 @@ struct Scratch {
     void include(const Scratch & other);  // the worse of both
 };
 
+// Whether any kernel of the operation takes some.
+bool may_take_scratch(const ggml_tensor * op);
+
 // For one operation of a graph, by the kernel that ggml-cuda chooses on the card: the most that it takes as it stands,
 // or over fewer tokens, sequences or keys, which can be more, because a kernel's work is then divided otherwise.
 Scratch scratch(const ggml_tensor * op, const Card & card);

@@ -22,6 +22,7 @@ void append(std::string & key, const Value & value) {
 // All that the rules look at, so that each operation is thought about once, however many layers and graphs it is in.
 std::string key_of(const ggml_tensor * op, const cuda_rules::Card & card) {
     std::string key;
+    key.reserve(512);
     append(key, &card);
     append(key, op->op);
     append(key, op->op_params);
@@ -40,9 +41,6 @@ std::string key_of(const ggml_tensor * op, const cuda_rules::Card & card) {
 
 cuda_rules::Scratch scratch_of(const ggml_tensor * op, const cuda_rules::Card & card) {
     static std::unordered_map<std::string, cuda_rules::Scratch> known;
-    if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID && op->op != GGML_OP_FLASH_ATTN_EXT) {
-        return cuda_rules::scratch(op, card);
-    }
     const auto [entry, is_new] = known.try_emplace(key_of(op, card));
     if (is_new) {
         entry->second = cuda_rules::scratch(op, card);
@@ -61,6 +59,9 @@ void include_scratch(ScratchMemory & memory, ggml_backend_sched_t sched, ggml_cg
     }
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node = ggml_graph_node(graph, i);
+        if (!cuda_rules::may_take_scratch(node)) {
+            continue;
+        }
         ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(sched, node);
         const auto found = backend ? memory.find(ggml_backend_get_device(backend)) : memory.end();
         if (found != memory.end()) {
