@@ -94,14 +94,19 @@ class RunningServer:
                 time.sleep(0.02)
         raise AssertionError(f"llama-server was not ready in time:\n{self._log.read_text()[-3000:]}")
 
-    def complete(self, prompt: Sequence[int] | str, predict: int = 1) -> dict[str, Any]:
-        body = {"prompt": prompt, "n_predict": predict, "cache_prompt": False}
+    def complete(self, prompt: Sequence[int] | str, predict: int = 1, *, cache_prompt: bool = False) -> dict[str, Any]:
+        return self._post({"prompt": prompt, "n_predict": predict, "cache_prompt": cache_prompt})
+
+    def complete_together(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Prompts in as many slots at once, each after what its slot has cached of it."""
+        self._post({"prompt": prompts, "n_predict": 1, "cache_prompt": True})
+
+    def _post(self, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as answer:
-            result: dict[str, Any] = json.load(answer)
-            return result
+            return json.load(answer)
 
     def device_states(self) -> list[DeviceState]:
         return read_state(self._state)

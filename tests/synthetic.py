@@ -42,7 +42,7 @@ class Spec:
         self.add(f"blk.{layer}.{name}", *shape, type=type)
 
 
-def common(spec: Spec, *, tied: bool = False) -> None:
+def common(spec: Spec, *, tied: bool = False, n_vocab: int = N_VOCAB) -> None:
     spec.metadata |= {
         "context_length": N_CTX_TRAIN,
         "embedding_length": spec.n_embd,
@@ -54,12 +54,12 @@ def common(spec: Spec, *, tied: bool = False) -> None:
         "attention.value_length": spec.head_dim,
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.dimension_count": spec.head_dim,
-        "vocab_size": N_VOCAB,
+        "vocab_size": n_vocab,
     }
-    spec.add("token_embd.weight", spec.n_embd, N_VOCAB)
+    spec.add("token_embd.weight", spec.n_embd, n_vocab)
     spec.add("output_norm.weight", spec.n_embd)
     if not tied:
-        spec.add("output.weight", spec.n_embd, N_VOCAB, type="Q8_0")
+        spec.add("output.weight", spec.n_embd, n_vocab, type="Q8_0")
 
 
 def attention(spec: Spec, layer: int, *, bias: bool = False, norms: bool = False, fused: bool = False) -> None:
@@ -401,9 +401,9 @@ def write(spec: Spec, path: Path, *, seed: int = 0) -> Path:
     writer = gguf.GGUFWriter(path, spec.arch)
     writer.add_name("synthetic")
     for key, value in spec.metadata.items():
-        _add(writer, f"{spec.arch}.{key}", value)
+        add_metadata(writer, f"{spec.arch}.{key}", value)
     if spec.arch != "clip":
-        _add_vocabulary(writer)
+        add_vocabulary(writer)
     for name, (shape, kind) in spec.tensors.items():
         _add_tensor(writer, name, shape, gguf.GGMLQuantizationType[kind], random)
     writer.write_header_to_file()
@@ -413,7 +413,7 @@ def write(spec: Spec, path: Path, *, seed: int = 0) -> Path:
     return path
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_metadata(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, bool):
@@ -426,17 +426,17 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int = N_VOCAB) -> None:
     """A SentencePiece vocabulary: control tokens, all bytes, then words, so that any text can be tokenized."""
     control = ["<unk>", "<s>", "</s>"]
     tokens = control + [f"<0x{byte:02X}>" for byte in range(256)]
     types = [2, 3, 3] + [6] * 256
-    words = N_VOCAB - len(tokens)
+    words = n_vocab - len(tokens)
     tokens += [f"▁word{i}" for i in range(words)]
     types += [1] * words
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_scores([0.0] * n_vocab)
     writer.add_token_types(types)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -55,18 +55,6 @@ bool has_attention_head_size(const ggml_tensor * op) {
     }
 }
 
-// ggml_cuda_flash_attn_ext_mma_f16_shall_use_sparse for one query a tile and 8 heads, where
-// ggml_cuda_flash_attn_ext_mma_f16_may_use_sparse.
-bool gathers_keys(const ggml_tensor * op) {
-    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
-    float logit_softcap = 0.0f;
-    std::memcpy(&logit_softcap, op->op_params + 2, sizeof(logit_softcap));
-    const int64_t n_kv_max = ggml_get_op_params_i32(op, 4);
-    return k->ne[0] == 256 && v->ne[0] == 256 && groups_query_heads(op) && q->ne[2] / k->ne[2] > 4 && n_kv_max > 0 &&
-           logit_softcap == 0.0f && mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 &&
-           k->ne[1] >= std::max<int64_t>(4096, 2 * std::min<int64_t>(q->ne[1], 8) * n_kv_max);
-}
-
 bool prefers_vector_kernel(const ggml_tensor * op, const Card & card) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2];
     const int64_t ratio = q->ne[2] / k->ne[2];
@@ -74,7 +62,8 @@ bool prefers_vector_kernel(const ggml_tensor * op, const Card & card) {
         return q->ne[1] <= (card.compiled >= kTuring && card.capability < kAda ? 1 : 2);
     }
     if (card.compiled >= kTuring && card.capability >= kAda && q->ne[1] == 1 && q->ne[3] == 1 &&
-        !(ratio > 4 && (q->ne[0] >= 256 || k->ne[1] >= 8192)) && !gathers_keys(op)) {
+        !(ratio > 4 && (q->ne[0] >= 256 || k->ne[1] >= 8192)) &&
+        !(ratio > 4 && groups_query_heads(op) && gathers_keys(op, card, {1, 8}))) {
         return true;
     }
     return q->ne[1] == 1 && !groups_query_heads(op);
@@ -186,6 +175,23 @@ bool groups_query_heads(const ggml_tensor * op) {
         }
     }
     return true;
+}
+
+bool gathers_keys(const ggml_tensor * op, const Card & card, AttentionTile tile) {
+    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+    const int64_t size = k->ne[0];
+    const bool compiled = v->ne[0] == std::min<int64_t>(size, 512) &&
+                          ((tile.heads == 8 && tile.queries == 1 && (size == 256 || size == 512)) ||
+                           (tile.heads == 8 && tile.queries == 8 && size == 256) ||
+                           (tile.heads == 16 && tile.queries == 1 && size == 576));
+    float max_bias = 0.0f, logit_softcap = 0.0f;
+    std::memcpy(&max_bias, op->op_params + 1, sizeof(max_bias));
+    std::memcpy(&logit_softcap, op->op_params + 2, sizeof(logit_softcap));
+    const int64_t n_kv_max = ggml_get_op_params_i32(op, 4);
+    const int64_t queries = tile.queries == 1 ? std::min<int64_t>(q->ne[1], 64 / tile.heads) : tile.queries;
+    return compiled && card.compiled >= kTuring && mask && n_kv_max > 0 && max_bias == 0.0f && logit_softcap == 0.0f &&
+           mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 &&
+           k->ne[1] >= std::max<int64_t>(4096, 2 * queries * n_kv_max);
 }
 
 AttentionKernel attention_kernel(const ggml_tensor * op, const Card & card) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "card.h"
 
@@ -30,6 +31,16 @@ AttentionKernel attention_kernel(const ggml_tensor * op, const Card & card);
 
 // Whether that kernel reads K and V through copies in f16 when they are held in another type.
 bool reads_f16_copies(const ggml_tensor * op, const Card & card);
+
+// What one block of the matrix kernel computes together: queries of one head (ncols1), and heads that share keys
+// (ncols2).
+struct AttentionTile {
+    int64_t queries = 1, heads = 1;
+};
+
+// Whether that kernel, with such tiles, reads only the keys that the mask selects:
+// ggml_cuda_flash_attn_ext_mma_f16_may_use_sparse and _shall_use_sparse.
+bool gathers_keys(const ggml_tensor * op, const Card & card, AttentionTile tile);
 
 // gqa_opt_applies there: whether a kernel may serve several query heads of one KV head together.
 bool groups_query_heads(const ggml_tensor * op);

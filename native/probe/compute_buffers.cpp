@@ -35,12 +35,15 @@ struct Shape {
 };
 
 // Sizes per sched backend; the graph is built for the state in which `memory` is.
-std::vector<size_t> graph_sizes(llama_context & context, const Shape & shape, const llama_memory_context_i * memory) {
+std::vector<size_t> graph_sizes(llama_context & context, const Shape & shape, const llama_memory_context_i * memory,
+                                ScratchMemory & scratch) {
     std::vector<size_t> sizes(size_t(ggml_backend_sched_get_n_backends(context.get_sched())), 0);
-    if (!context.graph_reserve(shape.tokens, shape.sequences, shape.outputs, memory, /*split_only=*/true,
-                               sizes.data())) {
+    ggml_cgraph * graph = context.graph_reserve(shape.tokens, shape.sequences, shape.outputs, memory,
+                                                /*split_only=*/true, sizes.data());
+    if (!graph) {
         throw std::runtime_error("llama.cpp cannot build this model's graph");
     }
+    include_scratch(scratch, context.get_sched(), graph);
     return sizes;
 }
 
@@ -126,19 +129,19 @@ extern "C" void ggml_backend_sched_reserve_size(ggml_backend_sched_t sched, ggml
     reserve_size(sched, graph, sizes);
 }
 
-std::map<ggml_backend_buffer_type_t, ComputeBuffer> measure_compute_buffers(llama_context * context) {
+ComputeMemory measure_compute_memory(llama_context * context) {
     ggml_backend_sched_t sched = context->get_sched();
-    std::map<ggml_backend_buffer_type_t, ComputeBuffer> buffers;
+    ComputeMemory result;
     const auto buffer_of = [&](size_t i) -> ComputeBuffer & {
         ggml_backend_t backend = ggml_backend_sched_get_backend(sched, int(i));
-        return buffers[ggml_backend_sched_get_buffer_type(sched, backend)];
+        return result.buffers[ggml_backend_sched_get_buffer_type(sched, backend)];
     };
     llama_memory_context_ptr full;
     if (context->get_memory()) {
         full = context->get_memory()->init_full();
     }
     for (const Shape & shape : reserved_shapes(*context)) {
-        const std::vector<size_t> sizes = graph_sizes(*context, shape, full.get());
+        const std::vector<size_t> sizes = graph_sizes(*context, shape, full.get(), result.scratch);
         for (size_t i = 0; i < sizes.size(); i++) {
             ComputeBuffer & buffer = buffer_of(i);
             buffer.at_ready = buffer.in_use = std::max(buffer.at_ready, sizes[i]);
@@ -146,7 +149,7 @@ std::map<ggml_backend_buffer_type_t, ComputeBuffer> measure_compute_buffers(llam
     }
     if (context->get_memory()) {
         fill_a_slot(*context, [&](const Shape & shape, uint32_t prompt, const llama_memory_context_i * memory) {
-            const std::vector<size_t> sizes = graph_sizes(*context, shape, memory);
+            const std::vector<size_t> sizes = graph_sizes(*context, shape, memory, result.scratch);
             for (size_t i = 0; i < sizes.size(); i++) {
                 ComputeBuffer & buffer = buffer_of(i);
                 if (sizes[i] > buffer.in_use) {
@@ -156,5 +159,5 @@ std::map<ggml_backend_buffer_type_t, ComputeBuffer> measure_compute_buffers(llam
             }
         });
     }
-    return buffers;
+    return result;
 }

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "ggml-backend.h"
+#include "scratch_memory.h"
 
 struct llama_context;
 
@@ -15,11 +16,16 @@ struct ComputeBuffer {
     uint32_t worst_prompt_tokens = 0;  // a prompt of this length makes it so; 0 if it does not grow
 };
 
-// Per buffer type, for a context opened on a model that was loaded with no_alloc, which it leaves unusable.
+struct ComputeMemory {
+    std::map<ggml_backend_buffer_type_t, ComputeBuffer> buffers;
+    ScratchMemory scratch;  // in use
+};
+
+// For a context opened on a model that was loaded with no_alloc, which it leaves unusable.
 //
 // What llama.cpp measures of itself is neither.  It measures one graph, and in doing so forgets which backend its
 // builder had chosen for the layers' norms (ggml_backend_sched_reserve_size resets the scheduler after the graph was
 // built; ggml_backend_sched_reserve, which allocates, does not).  And the graph that it reserves for is not always the
 // largest: where layers are split between GPU and CPU, each change between a prompt and generation lays the buffer out
 // anew, and smaller tensors can be laid out worse.
-std::map<ggml_backend_buffer_type_t, ComputeBuffer> measure_compute_buffers(llama_context * context);
+ComputeMemory measure_compute_memory(llama_context * context);

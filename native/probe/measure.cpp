@@ -149,8 +149,20 @@ json buffer(const char * device, const char * name, const char * part, const cha
     return {{"device", device}, {"buffer", name}, {"part", part}, {"use", use}, {"kind", kind}, {"bytes", bytes}};
 }
 
-void add_buffers(json & buffers, llama_context * context, const char * part, bool mapped, bool with_weights) {
-    const auto compute = measure_compute_buffers(context);
+void add_scratch(json & answer, const ScratchMemory & memory, const char * part) {
+    for (const auto & [dev, scratch] : memory) {
+        const size_t workspace = scratch.uses_cublas ? cuda_rules::cublas_workspace_size(card_of(dev)) : 0;
+        answer["scratch"].push_back({{"device", ggml_backend_dev_name(dev)},
+                                     {"part", part},
+                                     {"pool_bytes", cuda_rules::pool_size(scratch.pool_bytes)},
+                                     {"workspace_bytes", workspace}});
+    }
+}
+
+void add_context(json & answer, llama_context * context, const char * part, bool mapped, bool with_weights) {
+    const auto [compute, scratch] = measure_compute_memory(context);
+    json & buffers = answer["buffers"];
+    add_scratch(answer, scratch, part);
     for (const auto & [type, memory] : llama_get_memory_breakdown(context)) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(type);
         const bool on_device = !ggml_backend_buft_is_host(type) && !is_repacking(type);
@@ -163,11 +175,12 @@ void add_buffers(json & buffers, llama_context * context, const char * part, boo
         };
         add("weights", kind_of(type, mapped), with_weights ? memory.model : 0);
         add("context", kind_of(type, false), memory.context);
-        if (compute.count(type)) {
-            add("compute", kind_of(type, false), compute.at(type).at_ready);
-            add("compute_growth", kind_of(type, false), compute.at(type).in_use - compute.at(type).at_ready);
-            if (compute.at(type).worst_prompt_tokens > 0) {
-                buffers.back()["worst_prompt_tokens"] = compute.at(type).worst_prompt_tokens;
+        const auto found = compute.find(type);
+        if (found != compute.end()) {
+            add("compute", kind_of(type, false), found->second.at_ready);
+            add("compute_growth", kind_of(type, false), found->second.in_use - found->second.at_ready);
+            if (found->second.worst_prompt_tokens > 0) {
+                buffers.back()["worst_prompt_tokens"] = found->second.worst_prompt_tokens;
             }
         }
     }
@@ -223,7 +236,7 @@ struct BackendSamplers {
 };
 
 // The draft model's or MTP context, opened beside the target's: common_speculative_init_result.
-void add_draft(json & buffers, common_params & params, llama_model * target, llama_context * target_context,
+void add_draft(json & answer, common_params & params, llama_model * target, llama_context * target_context,
                bool mapped) {
     const auto & types = params.speculative.types;
     const bool has_draft = params.speculative.has_dft();
@@ -244,7 +257,7 @@ void add_draft(json & buffers, common_params & params, llama_model * target, lla
         draft = load(draft_params, mapped);
     }
     llama_context_ptr context = open(has_draft ? draft.get() : target, context_params);
-    add_buffers(buffers, context.get(), "draft", mapped, has_draft);
+    add_context(answer, context.get(), "draft", mapped, has_draft);
 }
 
 // server_context_impl::load_model's parameters for the vision or audio projector.
@@ -293,11 +306,11 @@ json measure_memory(const std::vector<std::string> & server_arguments) {
     answer["n_ctx_train"] = llama_model_n_ctx_train(model.get());
     answer["n_expert"] = llama_model_n_expert(model.get());
     answer["n_params"] = llama_model_n_params(model.get());
-    json buffers = json::array();
-    add_buffers(buffers, context.get(), "model", mapped, true);
-    add_draft(buffers, params, model.get(), context.get(), mapped);
-    add_mmproj(buffers, params);
-    answer["buffers"] = buffers;
+    answer["buffers"] = json::array();
+    answer["scratch"] = json::array();
+    add_context(answer, context.get(), "model", mapped, true);
+    add_draft(answer, params, model.get(), context.get(), mapped);
+    add_mmproj(answer["buffers"], params);
     const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
     answer["milliseconds"] = elapsed.count();
     return answer;

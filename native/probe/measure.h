@@ -18,5 +18,8 @@
 // length of one that does) or, for mmproj, total. kind: device; or in host memory mapped (page cache of the file),
 // pinned (page-locked, by the GPU's driver), repacked (the CPU backend's own layout) or host (plain).
 //
+// scratch: what ggml-cuda allocates besides while it computes, for each of its devices and for each context on it, by
+// the rules of cuda_rules/scratch.h: its pool of scratch memory, and cuBLAS's workspace.
+//
 // Throws std::runtime_error with llama.cpp's own reason where llama-server would refuse.  `-fit` is taken as off.
 nlohmann::ordered_json measure_memory(const std::vector<std::string> & server_arguments);

@@ -1,0 +1,185 @@
+"""What ggml-cuda allocates besides its buffers: the prediction against the real ggml-cuda, on a card that is not here.
+
+Nothing is computed, so a prompt of thousands of tokens takes milliseconds, and each case sends the prompts that need
+most: ubatches of many sizes at the end of a full context, in one slot and in several at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import shapes
+import synthetic
+from harness import RunningServer, free_port
+
+from pyllamarun.machine.cards import find_card
+from pyllamarun.plan.probe import Answer, Probe
+from pyllamarun.run.binaries import PROBE, Binaries
+from pyllamarun.run.process import running
+from pyllamarun.run.stage import Stage, Usage, standin_stage
+from pyllamarun.units import MIB
+
+pytestmark = pytest.mark.usefixtures("cuda_build")
+
+CARDS = ("GTX 1080", "V100", "RTX 2060", "RTX 3060", "RTX 4090")  # Pascal, Volta, Turing, Ampere, Ada
+BATCH = 2048  # llama-server's -b
+KEPT_FREE = 3  # tokens of a slot, for what is generated
+
+
+@pytest.fixture(scope="session")
+def model(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny model, or one with the widths of a real one."""
+    folder = tmp_path_factory.mktemp("shapes")
+
+    def path_of(name: str) -> Path:
+        if name not in shapes.SHAPES:
+            return tiny(name)
+        path = folder / f"{name}.gguf"
+        return path if path.exists() else shapes.write(shapes.SHAPES[name](), path)
+
+    return path_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """A server with everything on one card; ubatches of `ubatch`, and of every `step` tokens less, are sent to it."""
+
+    card: str
+    model: str
+    ubatch: int = 512
+    kv: str = "f16"
+    flash_attention: str = "on"
+    slots: int = 1
+    context: int = 2048
+    step: int = 64
+
+    def __str__(self) -> str:
+        options = f"ub{self.ubatch}-{self.kv}-fa-{self.flash_attention}-np{self.slots}-c{self.context}"
+        return f"{self.card}-{self.model}-{options}"
+
+    def arguments(self, path: Path) -> list[str]:
+        # Without flash attention, llama.cpp has no kernel for values in another type.
+        values = ["-ctv", self.kv] if self.flash_attention == "on" else []
+        numbers = ["-ub", str(self.ubatch), "-np", str(self.slots), "-c", str(self.context), "-b", str(BATCH)]
+        return ["-m", str(path), "-ngl", "99", "-fa", self.flash_attention, "-ctk", self.kv, *values, *numbers]
+
+
+def ask(machine: Stage, binaries: Binaries, arguments: list[str]) -> Answer:
+    pipe = subprocess.PIPE
+    with running([binaries.path(PROBE)], machine.environment, stdin=pipe, stdout=pipe) as process:
+        return Probe(process).ask(arguments)
+
+
+@contextmanager
+def serve(machine: Stage, binaries: Binaries, arguments: list[str], log: Path) -> Iterator[RunningServer]:
+    port = free_port()
+    fixed = ["--port", str(port), "-fit", "off", "--no-warmup", "-t", "2", "--ctx-checkpoints", "0", "--cache-ram", "0"]
+    argv = [binaries.path("llama-server"), *arguments, *fixed]
+    with log.open("w") as file, running(argv, machine.environment, stdout=file, stderr=file) as process:
+        server = RunningServer(process, port, Path("/dev/null"), log)
+        server.wait_until_ready()
+        yield server
+
+
+def tokens(count: int, variant: int = 0) -> list[int]:
+    return [3 + (i * (variant + 1) + variant) % 200 for i in range(count)]
+
+
+def send_prompts(server: RunningServer, case: Case, slot_tokens: int) -> None:
+    full = slot_tokens - KEPT_FREE
+    sizes = range(min(case.ubatch, full - 1), 0, -case.step)
+    server.complete(tokens(full), predict=2)
+    for size in sizes:  # as the whole context, and as the end of a full one
+        server.complete(tokens(size, variant=7))
+    for size in sizes:
+        server.complete(tokens(full - size), cache_prompt=True)
+        server.complete(tokens(full), cache_prompt=True)
+    for slots in range(2, case.slots + 1):
+        new = min(BATCH // slots, full - 2)
+        server.complete_together([tokens(full - new, variant) for variant in range(slots)])
+        server.complete_together([tokens(full, variant) for variant in range(slots)])
+
+
+def after_prompts(case: Case, path: Path, binaries: Binaries, log: Path) -> tuple[Answer, Usage, Usage]:
+    """The prediction, and what the server holds when it is ready and after all prompts."""
+    with standin_stage(binaries, [find_card(case.card)], 0) as machine:
+        answer = ask(machine, binaries, case.arguments(path))
+        with serve(machine, binaries, case.arguments(path), log) as server:
+            (ready,) = machine.usage(server.process.pid)
+            send_prompts(server, case, answer.slot_context_tokens)
+            (after,) = machine.usage(server.process.pid)
+    return answer, ready, after
+
+
+def check(case: Case, path: Path, binaries: Binaries, log: Path) -> None:
+    answer, ready, after = after_prompts(case, path, binaries, log)
+    (scratch,) = answer.scratch
+    assert (scratch.device, scratch.part) == ("CUDA0", "model")
+    assert after.pool_peak_bytes == scratch.pool_bytes, f"{case}: pool"
+    growth = sum(buffer.bytes for buffer in answer.buffers if buffer.use == "compute_growth")
+    workspace = after.buffer_bytes - ready.buffer_bytes
+    assert 0 <= workspace - scratch.workspace_bytes <= min(growth, MIB), f"{case}: workspace"
+    assert answer.scratch_bytes("CUDA0") == scratch.pool_bytes + scratch.workspace_bytes
+
+
+SAMPLE = [
+    Case("RTX 3060", "llama-8b"),
+    Case("RTX 3060", "llama-8b", flash_attention="off"),
+    Case("RTX 3060", "llama-8b", flash_attention="off", kv="q8_0", context=8192, ubatch=128),
+    Case("RTX 3060", "llama-8b-f16", kv="q8_0", slots=4, context=8192),
+    Case("RTX 3060", "mixtral-8x7b", ubatch=2048, context=8192, step=512),
+    Case("RTX 3060", "qwen3-30b-a3b", slots=4, context=8192, flash_attention="off"),
+    Case("RTX 3060", "gemma3-12b", kv="q4_0"),
+    Case("RTX 4090", "llama-8b"),  # the pool is largest after ubatches of 384 tokens
+    Case("RTX 4090", "mixtral-8x7b", ubatch=128),
+    Case("RTX 4090", "gemma3-12b", slots=4, context=8192),
+    Case("RTX 2060", "llama-8b"),
+    Case("RTX 2060", "qwen3-30b-a3b", flash_attention="off"),
+    Case("GTX 1080", "llama-8b-f16", kv="q8_0"),
+    Case("GTX 1080", "gemma3-12b", ubatch=128),
+    Case("V100", "llama-8b", slots=4, context=8192),
+    Case("V100", "qwen3-30b-a3b", step=4),
+]
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_predicted_scratch_is_allocated(
+    case: Case, model: Callable[[str], Path], binaries: Binaries, tmp_path: Path
+) -> None:
+    check(case, model(case.model), binaries, tmp_path / "log")
+
+
+@pytest.mark.parametrize("card", ["RTX 3060", "RTX 4090", "GTX 1080"])
+@pytest.mark.parametrize("architecture", synthetic.ARCHITECTURES)
+def test_predicted_scratch_is_allocated_for_every_architecture(
+    architecture: str, card: str, model: Callable[[str], Path], binaries: Binaries, tmp_path: Path
+) -> None:
+    check(Case(card, architecture, step=32), model(architecture), binaries, tmp_path / "log")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slots", "context"), [(1, 2048), (1, 8192), (4, 8192)])
+@pytest.mark.parametrize("flash_attention", ["on", "off"])
+@pytest.mark.parametrize("kv", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("ubatch", [128, 512, 2048])
+@pytest.mark.parametrize(("card", "name"), [*itertools.product(CARDS, shapes.SHAPES)])
+def test_predicted_scratch_is_allocated_for_all_options(
+    card: str,
+    name: str,
+    ubatch: int,
+    kv: str,
+    flash_attention: str,
+    slots: int,
+    context: int,
+    model: Callable[[str], Path],
+    binaries: Binaries,
+    tmp_path: Path,
+) -> None:
+    case = Case(card, name, ubatch, kv, flash_attention, slots, context, step=max(ubatch // 16, 16))
+    check(case, model(name), binaries, tmp_path / "log")

@@ -1,0 +1,112 @@
+"""Models with the widths of real ones, of few layers and without data: what a kernel needs depends on widths alone.
+
+The dimensions are those of the models' published configurations, the types those of llama-quantize's Q4_K_M.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from synthetic import Spec, add_metadata, add_vocabulary, attention, common, experts, feed_forward
+
+from pyllamarun.models.types import TENSOR_TYPES
+
+N_VOCAB = 32000
+TYPES = {tensor_type.name: tensor_type for tensor_type in TENSOR_TYPES.values()}
+
+
+def quantized(spec: Spec, *, more_bits: tuple[str, ...] = ("attn_v", "ffn_down", "output.weight")) -> Spec:
+    """Q4_K_M: Q6_K where `more_bits` names it, in every second layer, and Q4_K elsewhere."""
+    for name, (shape, kind) in spec.tensors.items():
+        layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
+        if kind in ("Q4_0", "Q8_0"):
+            more = layer % 2 == 0 and any(part in name for part in more_bits)
+            spec.tensors[name] = (shape, "Q6_K" if more else "Q4_K")
+    return spec
+
+
+def llama_8b() -> Spec:
+    spec = Spec("llama", n_layer=2, n_embd=4096, n_ff=14336, n_head=32, n_head_kv=8, head_dim=128)
+    common(spec, n_vocab=N_VOCAB)
+    for i in range(spec.n_layer):
+        attention(spec, i)
+        feed_forward(spec, i)
+    return quantized(spec)
+
+
+def mixtral_8x7b() -> Spec:
+    spec = Spec("llama", n_layer=2, n_embd=4096, n_ff=14336, n_head=32, n_head_kv=8, head_dim=128)
+    common(spec, n_vocab=N_VOCAB)
+    spec.metadata |= {"expert_count": 8, "expert_used_count": 2}
+    for i in range(spec.n_layer):
+        attention(spec, i)
+        spec.block(i, "ffn_norm.weight", spec.n_embd)
+        experts(spec, i, 8, spec.n_ff)
+    return quantized(spec)
+
+
+def qwen3_30b_a3b() -> Spec:
+    spec = Spec("qwen3moe", n_layer=2, n_embd=2048, n_ff=6144, n_head=32, n_head_kv=4, head_dim=128)
+    common(spec, n_vocab=N_VOCAB)
+    spec.metadata |= {"expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 768}
+    for i in range(spec.n_layer):
+        attention(spec, i, norms=True)
+        spec.block(i, "ffn_norm.weight", spec.n_embd)
+        experts(spec, i, 128, 768)
+    return quantized(spec)
+
+
+def gemma3_12b() -> Spec:
+    """Every sixth layer attends to all tokens, the others to the last 1,024."""
+    spec = Spec("gemma3", n_layer=6, n_embd=3840, n_ff=15360, n_head=16, n_head_kv=8, head_dim=256)
+    common(spec, tied=True, n_vocab=N_VOCAB)
+    spec.metadata |= {"attention.sliding_window": 1024}
+    for i in range(spec.n_layer):
+        attention(spec, i, norms=True)
+        feed_forward(spec, i)
+        spec.block(i, "post_attention_norm.weight", spec.n_embd)
+        spec.block(i, "post_ffw_norm.weight", spec.n_embd)
+    return quantized(spec)
+
+
+def llama_8b_f16() -> Spec:
+    spec = llama_8b()
+    for name, (shape, _) in spec.tensors.items():
+        spec.tensors[name] = (shape, "F32" if len(shape) == 1 else "F16")
+    return spec
+
+
+SHAPES: dict[str, Callable[[], Spec]] = {
+    "llama-8b": llama_8b,
+    "llama-8b-f16": llama_8b_f16,
+    "mixtral-8x7b": mixtral_8x7b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
+    "gemma3-12b": gemma3_12b,
+}
+
+
+def write(spec: Spec, path: Path) -> Path:
+    """Writes the model with a hole for its data, and returns its path."""
+    writer = gguf.GGUFWriter(path, spec.arch)
+    writer.add_name("shape")
+    for key, value in spec.metadata.items():
+        add_metadata(writer, f"{spec.arch}.{key}", value)
+    add_vocabulary(writer, N_VOCAB)
+    size = 0
+    for name, (shape, kind) in spec.tensors.items():
+        tensor_type = gguf.GGMLQuantizationType[kind]
+        n_bytes = TYPES[kind].size_bytes(math.prod(shape))
+        writer.add_tensor_info(name, shape[::-1], np.dtype(np.float32), n_bytes, raw_dtype=tensor_type)
+        size += gguf.GGUFWriter.ggml_pad(n_bytes, writer.data_alignment)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        end = file.seek(0, 2)
+        file.truncate(gguf.GGUFWriter.ggml_pad(end, writer.data_alignment) + size)
+    return path
