@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyllamarun import paths
@@ -75,16 +75,14 @@ def planned(options: PlanOptions) -> Iterator[Planned]:
 
 
 class _Questions:
-    """Asks the probe about a model by its skeleton; what a rehearsal has shown takes the place of what was computed."""
+    """Asks the probe about a model by its skeleton, and takes into account what rehearsals of it have shown."""
 
     def __init__(self, probe: Probe, header: Header, skeleton: Path, rehearsals: Rehearsals) -> None:
         self._probe, self._rehearsals = probe, rehearsals
         self._model, self._skeleton = str(header.path), str(write_skeleton(header, skeleton))
 
     def __call__(self, arguments: Sequence[str]) -> Answer:
-        answer = self._answer(arguments)
-        scratch = self._rehearsals.get(arguments)
-        return replace(answer, scratch=scratch, scratch_source="rehearsed") if scratch is not None else answer
+        return self._rehearsals.applied(arguments, self._answer(arguments))
 
     def _answer(self, arguments: Sequence[str]) -> Answer:
         if any(argument in NEEDS_VOCABULARY for argument in arguments):

@@ -10,9 +10,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,8 @@ from pyllamarun.machine.gpu import GpuSurvey, normal_pci_address
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.skeleton import fingerprint
 from pyllamarun.plan.plan import DevicePlan, Plan
-from pyllamarun.plan.probe import Device, Scratch
+from pyllamarun.plan.probe import Answer, Device, Scratch
+from pyllamarun.plan.request import DEFAULT_UBATCH_TOKENS, fixed_value
 from pyllamarun.run.binaries import Build
 from pyllamarun.run.server import Running, Server, ready_server
 from pyllamarun.run.stage import ON_STANDIN, Stage, Usage
@@ -94,16 +95,14 @@ def rehearse(
     start = time.monotonic()
     progress("loading")
     with ready_server(running, argv, stage.environment, "127.0.0.1", port, log) as server:
-        longest = plan.slot_context_tokens - 1
-        lengths = [longest] * plan.slots
         meter.start(server.process.pid)
-        progress(f"{plan.slots} prompts of {longest:,} tokens at once" if plan.slots > 1 else f"{longest:,} tokens")
-        _prompt(server, lengths)
-        for length in {plan.worst_prompt_tokens, longest} - {0}:
-            _prompt(server, [length])
-            lengths.append(length)
+        lengths: list[int] = []
+        for prompts in _prompts(plan):
+            progress(" + ".join(f"{length:,}" for length in prompts) + " tokens")
+            _prompt(server, prompts)
+            lengths += prompts
         usages = meter.read()
-    devices = [_compare(device, usage, stage) for device, usage in zip(plan.devices, usages)]
+    devices = [_compare(device, usage, stage) for device, usage in zip(plan.devices, usages, strict=True)]
     return Rehearsal(
         model=plan.model,
         stage=stage.kind,
@@ -132,6 +131,25 @@ def _compare(device: DevicePlan, usage: Usage, stage: Stage) -> DeviceRehearsal:
     )
 
 
+def _prompts(plan: Plan) -> Iterator[list[int]]:
+    """Token counts of the prompts to send at once, one after the other.
+
+    A full context in every slot; the prompt of which the plan says that it makes the compute buffer grow most; and ends
+    of a full context, in ubatches of several sizes: the largest does not always need the most scratch memory.
+    """
+    longest = plan.slot_context_tokens - 1
+    yield [longest] * plan.slots
+    if plan.worst_prompt_tokens:
+        yield [plan.worst_prompt_tokens]
+    yield [longest]
+    ubatch = int(fixed_value(plan.argv, "-ub", "--ubatch-size") or DEFAULT_UBATCH_TOKENS)
+    for eighths in range(7, 0, -1):
+        size = min(ubatch, longest) * eighths // 8
+        if 0 < size < longest:
+            yield [longest - size]
+            yield [longest]
+
+
 def _prompt(server: Server, lengths: Sequence[int]) -> None:
     """Sends prompts of so many tokens at once and waits for a token from each."""
     with ThreadPoolExecutor(len(lengths)) as pool:
@@ -147,7 +165,7 @@ def _prompt(server: Server, lengths: Sequence[int]) -> None:
 
 def _complete(server: Server, length: int) -> str:
     """The reason when it failed."""
-    body = {"prompt": [0] * length, "n_predict": 1, "cache_prompt": False}
+    body = {"prompt": [0] * length, "n_predict": 1, "cache_prompt": True}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{server.url}/completion", json.dumps(body).encode(), headers)
     try:
@@ -236,22 +254,32 @@ class Rehearsals:
         key = json.dumps([self._facts, list(arguments[2:])])
         return self._folder / (hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32] + ".json")
 
-    def get(self, arguments: Sequence[str]) -> tuple[Scratch, ...] | None:
-        """What these arguments took besides buffers and context; None when that was not rehearsed."""
+    def applied(self, arguments: Sequence[str], answer: Answer) -> Answer:
+        """The probe's answer, and where these arguments were rehearsed, no less scratch memory than they then took.
+
+        No less and not just that: a rehearsal does not try prompts of every length, and the probe's rules do.
+        """
         try:
             entries = json.loads(self._path(arguments).read_text(encoding="utf-8"))
-            return tuple(Scratch(**entry) for entry in entries)
-        except (OSError, ValueError, TypeError):
-            return None
+            taken = {str(entry["device"]): int(entry["bytes"]) for entry in entries}
+        except (OSError, ValueError, TypeError, KeyError):
+            return answer
+        computed = {device: answer.scratch_bytes(device) or 0 for device in taken}
+        more = [
+            Scratch(device, "rehearsal", size - computed[device], 0)
+            for device, size in taken.items()
+            if size > computed[device]
+        ]
+        return replace(answer, scratch=(*answer.scratch, *more), scratch_source="rehearsed")
 
     def put(self, arguments: Sequence[str], rehearsal: Rehearsal) -> None:
         """Keeps the scratch memory of a rehearsal, if the file can be written."""
-        scratch = [Scratch(d.name, "model", d.pool_bytes, d.workspace_bytes) for d in rehearsal.devices]
+        entries = [{"device": d.name, "bytes": d.pool_bytes + d.workspace_bytes} for d in rehearsal.devices]
         path = self._path(arguments)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps([asdict(one) for one in scratch]), encoding="utf-8")
+            partial.write_text(json.dumps(entries), encoding="utf-8")
             partial.replace(path)
         except OSError:
             pass
