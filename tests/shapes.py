@@ -1,4 +1,5 @@
-"""Models with the widths of real ones, of few layers and without data: what a kernel needs depends on widths alone.
+"""Models with the widths of real ones, without data, and of few layers where what a kernel needs is asked, since that
+depends on widths alone.
 
 The dimensions are those of the models' published configurations, the types those of llama-quantize's Q4_K_M.
 """
@@ -29,8 +30,8 @@ def quantized(spec: Spec, *, more_bits: tuple[str, ...] = ("attn_v", "ffn_down",
     return spec
 
 
-def llama_8b() -> Spec:
-    spec = Spec("llama", n_layer=2, n_embd=4096, n_ff=14336, n_head=32, n_head_kv=8, head_dim=128)
+def llama_8b(layers: int = 2) -> Spec:
+    spec = Spec("llama", n_layer=layers, n_embd=4096, n_ff=14336, n_head=32, n_head_kv=8, head_dim=128)
     common(spec, n_vocab=N_VOCAB)
     for i in range(spec.n_layer):
         attention(spec, i)
@@ -38,8 +39,8 @@ def llama_8b() -> Spec:
     return quantized(spec)
 
 
-def mixtral_8x7b() -> Spec:
-    spec = Spec("llama", n_layer=2, n_embd=4096, n_ff=14336, n_head=32, n_head_kv=8, head_dim=128)
+def mixtral_8x7b(layers: int = 2) -> Spec:
+    spec = Spec("llama", n_layer=layers, n_embd=4096, n_ff=14336, n_head=32, n_head_kv=8, head_dim=128)
     common(spec, n_vocab=N_VOCAB)
     spec.metadata |= {"expert_count": 8, "expert_used_count": 2}
     for i in range(spec.n_layer):
@@ -49,8 +50,8 @@ def mixtral_8x7b() -> Spec:
     return quantized(spec)
 
 
-def qwen3_30b_a3b() -> Spec:
-    spec = Spec("qwen3moe", n_layer=2, n_embd=2048, n_ff=6144, n_head=32, n_head_kv=4, head_dim=128)
+def qwen3_30b_a3b(layers: int = 2) -> Spec:
+    spec = Spec("qwen3moe", n_layer=layers, n_embd=2048, n_ff=6144, n_head=32, n_head_kv=4, head_dim=128)
     common(spec, n_vocab=N_VOCAB)
     spec.metadata |= {"expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 768}
     for i in range(spec.n_layer):
@@ -60,9 +61,9 @@ def qwen3_30b_a3b() -> Spec:
     return quantized(spec)
 
 
-def gemma3_12b() -> Spec:
+def gemma3_12b(layers: int = 6) -> Spec:
     """Every sixth layer attends to all tokens, the others to the last 1,024."""
-    spec = Spec("gemma3", n_layer=6, n_embd=3840, n_ff=15360, n_head=16, n_head_kv=8, head_dim=256)
+    spec = Spec("gemma3", n_layer=layers, n_embd=3840, n_ff=15360, n_head=16, n_head_kv=8, head_dim=256)
     common(spec, tied=True, n_vocab=N_VOCAB)
     spec.metadata |= {"attention.sliding_window": 1024}
     for i in range(spec.n_layer):
@@ -73,14 +74,14 @@ def gemma3_12b() -> Spec:
     return quantized(spec)
 
 
-def llama_8b_f16() -> Spec:
-    spec = llama_8b()
+def llama_8b_f16(layers: int = 2) -> Spec:
+    spec = llama_8b(layers)
     for name, (shape, _) in spec.tensors.items():
         spec.tensors[name] = (shape, "F32" if len(shape) == 1 else "F16")
     return spec
 
 
-SHAPES: dict[str, Callable[[], Spec]] = {
+SHAPES: dict[str, Callable[..., Spec]] = {
     "llama-8b": llama_8b,
     "llama-8b-f16": llama_8b_f16,
     "mixtral-8x7b": mixtral_8x7b,

@@ -137,10 +137,11 @@ def _prompts(plan: Plan) -> Iterator[list[int]]:
     A full context in every slot; the prompt of which the plan says that it makes the compute buffer grow most; and ends
     of a full context, in ubatches of several sizes: the largest does not always need the most scratch memory.
     """
-    longest = plan.slot_context_tokens - 1
+    # server_context_impl::load_model caps a slot's context at what the model was trained for.
+    longest = min(plan.slot_context_tokens, plan.trained_context_tokens or plan.slot_context_tokens) - 1
     yield [longest] * plan.slots
     if plan.worst_prompt_tokens:
-        yield [plan.worst_prompt_tokens]
+        yield [min(plan.worst_prompt_tokens, longest)]
     yield [longest]
     ubatch = int(fixed_value(plan.argv, "-ub", "--ubatch-size") or DEFAULT_UBATCH_TOKENS)
     for eighths in range(7, 0, -1):

@@ -6,9 +6,11 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import shapes
 from harness import run_cli
 
 from pyllamarun.machine.cards import find_card
@@ -45,6 +47,58 @@ def test_the_founding_case(header_70b: Path) -> None:
     assert 10.5 * GIB < gpu["peak_bytes"] <= gpu["budget_bytes"] == 11.5 * GIB
     assert gpu["peak_bytes"] == gpu["context_bytes"] + gpu["buffer_bytes"] + gpu["pool_bytes"]
     assert gpu["pool_bytes"] == 16 * MIB
+
+
+CASES = {
+    "8B, all of it on the card, large ubatches": (
+        ("llama-8b", 32), ["--gpu", "RTX 3060", "--vram", "11.5GiB", "-c", "8192", "--", "-ub", "2048"], 33
+    ),
+    "experts on the CPU": (
+        ("mixtral-8x7b", 32), ["--gpu", "RTX 3060", "--vram", "11.5GiB", "--", "-ncmoe", "32"], 33
+    ),
+    "two unequal cards, all of it on them": (
+        ("llama-8b", 32), ["--gpu", "RTX 3060,RTX 4060", "--vram", "4GiB,7GiB", "-c", "4096", "--slots", "2"], 33
+    ),
+}  # fmt: skip
+
+
+@on_standin
+@pytest.mark.parametrize(("shape", "options", "layers"), CASES.values(), ids=CASES)
+def test_predicted_is_the_peak(shape: tuple[str, int], options: list[str], layers: int, tmp_path: Path) -> None:
+    model = shapes.write(shapes.SHAPES[shape[0]](shape[1]), tmp_path / "model.gguf")
+    result = rehearse(model, *options)
+    assert result["argv"][result["argv"].index("-ngl") + 1] == str(layers)
+    for gpu in result["devices"]:
+        assert gpu["peak_bytes"] == gpu["predicted_bytes"] <= gpu["budget_bytes"]
+        assert gpu["pool_bytes"] > 0
+
+
+def random_request(random: Random) -> tuple[str, int, list[str]]:
+    name, layers = random.choice([("llama-8b", 32), ("mixtral-8x7b", 32), ("qwen3-30b-a3b", 48), ("gemma3-12b", 48)])
+    cards = random.choice(["RTX 3060", "RTX 2060", "RTX 4090", "RTX 4060", "GTX 1080", "V100", "RTX 5080",
+                           "RTX 3060,RTX 3060", "RTX 4090,RTX 3060"])  # fmt: skip
+    options = [
+        "--gpu",
+        cards,
+        "-c",
+        random.choice(["2048", "8192", "32768"]),
+        "--slots",
+        random.choice(["1", "2", "4"]),
+    ]
+    passthrough = ["-ub", random.choice(["128", "512", "2048"])]
+    attention = random.choice(["on", "on", "off"])
+    passthrough += ["-fa", attention, "-ctk", (keys := random.choice(["f16", "q8_0", "q4_0"]))]
+    passthrough += ["-ctv", keys] if attention == "on" else []
+    return name, layers, [*options, "--vram", f"{random.randrange(60, 100)}%", "--", *passthrough]
+
+
+@on_standin
+@pytest.mark.parametrize("seed", range(30))
+def test_any_prediction_is_no_less_than_the_peak_and_hardly_more(seed: int, tmp_path: Path) -> None:
+    name, layers, options = random_request(Random(seed))
+    model = shapes.write(shapes.SHAPES[name](layers), tmp_path / "model.gguf")
+    for gpu in rehearse(model, *options)["devices"]:
+        assert gpu["peak_bytes"] <= gpu["predicted_bytes"] <= 1.005 * gpu["peak_bytes"], (name, options, gpu)
 
 
 @on_standin
