@@ -11,7 +11,7 @@ from pyllamarun.machine.cards import Card
 from pyllamarun.units import MIB, format_size, parse_size
 
 DEFAULT_CONTEXT_TOKENS = 4096  # upstream's own smallest for --fit
-DEFAULT_UBATCH_TOKENS = 512  # llama.cpp's own -ub
+DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS = 2048, 512  # llama.cpp's own -b and -ub
 # What a process holds on a CUDA card besides llama.cpp's buffers, as long as nobody has measured it on this machine:
 # the context with its module code (200 to 300 MiB on GeForce cards), and a scratch pool (4 to 64 MiB).
 ASSUMED_CONTEXT_BYTES = 300 * MIB

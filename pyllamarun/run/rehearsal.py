@@ -11,7 +11,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +21,7 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.models.skeleton import fingerprint
 from pyllamarun.plan.plan import DevicePlan, Plan
 from pyllamarun.plan.probe import Answer, Device, Scratch
-from pyllamarun.plan.request import DEFAULT_UBATCH_TOKENS, fixed_value
+from pyllamarun.plan.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value
 from pyllamarun.run.binaries import Build
 from pyllamarun.run.server import Running, Server, ready_server
 from pyllamarun.run.stage import ON_STANDIN, Stage, Usage
@@ -30,6 +29,7 @@ from pyllamarun.run.stage import ON_STANDIN, Stage, Usage
 PROMPT_SECONDS = 3600.0
 ENDING_SECONDS = 10.0  # for a server that has failed a prompt to be gone
 MEASURE_SECONDS = 0.05
+UBATCH_PARTS = 16
 
 
 class Meter(Protocol):
@@ -132,10 +132,11 @@ def _compare(device: DevicePlan, usage: Usage, stage: Stage) -> DeviceRehearsal:
 
 
 def _prompts(plan: Plan) -> Iterator[list[int]]:
-    """Token counts of the prompts to send at once, one after the other.
+    """Token counts of the prompts to send at once, one after the other; what a slot has of a prompt it need not redo.
 
     A full context in every slot; the prompt of which the plan says that it makes the compute buffer grow most; and ends
-    of a full context, in ubatches of several sizes: the largest does not always need the most scratch memory.
+    of a full context, in ubatches of many sizes and of several slots together: how a kernel's work is divided depends
+    on them, and the largest does not always need the most scratch memory.
     """
     # server_context_impl::load_model caps a slot's context at what the model was trained for.
     longest = min(plan.slot_context_tokens, plan.trained_context_tokens or plan.slot_context_tokens) - 1
@@ -144,29 +145,34 @@ def _prompts(plan: Plan) -> Iterator[list[int]]:
         yield [min(plan.worst_prompt_tokens, longest)]
     yield [longest]
     ubatch = int(fixed_value(plan.argv, "-ub", "--ubatch-size") or DEFAULT_UBATCH_TOKENS)
-    for eighths in range(7, 0, -1):
-        size = min(ubatch, longest) * eighths // 8
+    for part in range(UBATCH_PARTS - 1, 0, -1):
+        size = ubatch * part // UBATCH_PARTS
         if 0 < size < longest:
             yield [longest - size]
             yield [longest]
+    slots = 2
+    while slots <= plan.slots:
+        new = min(DEFAULT_BATCH_TOKENS // slots, longest - 1)
+        yield [longest - new] * slots
+        yield [longest] * slots
+        slots = min(2 * slots, plan.slots) if slots < plan.slots else slots + 1
 
 
 def _prompt(server: Server, lengths: Sequence[int]) -> None:
-    """Sends prompts of so many tokens at once and waits for a token from each."""
-    with ThreadPoolExecutor(len(lengths)) as pool:
-        reasons = [reason for reason in pool.map(lambda length: _complete(server, length), lengths) if reason]
-    if not reasons:
+    """Sends prompts of so many tokens in one request, so that they are batched, and waits for a token from each."""
+    reason = _complete(server, [[0] * length for length in lengths])
+    if not reason:
         return
     try:
         server.process.wait(timeout=ENDING_SECONDS)
     except subprocess.TimeoutExpired:
-        raise ServerError("llama-server refused a prompt.", why=reasons[0]) from None
+        raise ServerError("llama-server refused a prompt.", why=reason) from None
     raise server.failure()
 
 
-def _complete(server: Server, length: int) -> str:
+def _complete(server: Server, prompts: Sequence[Sequence[int]]) -> str:
     """The reason when it failed."""
-    body = {"prompt": [0] * length, "n_predict": 1, "cache_prompt": True}
+    body = {"prompt": prompts, "n_predict": 1, "cache_prompt": True}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{server.url}/completion", json.dumps(body).encode(), headers)
     try:
