@@ -27,6 +27,7 @@ from pyllamarun.units import MIB
 
 BATCH = 2048  # llama-server's -b
 KEPT_FREE = 3  # tokens of a slot, for what is generated
+POOL_STEP = 2 * MIB  # in which the pool grows
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +134,12 @@ def check(case: Case, path: Path, binaries: Binaries, log: Path) -> None:
     answer, ready, after = after_prompts(case, path, binaries, log)
     (scratch,) = answer.scratch
     assert (scratch.device, scratch.part) == ("CUDA0", "model")
-    assert after.pool_peak_bytes == scratch.pool_bytes, f"{case}: pool"
+    # No prompt fills a ubatch that is as long as the context: there, the prediction is a bound.
+    spare = POOL_STEP if case.ubatch >= answer.slot_context_tokens else 0
+    assert 0 <= scratch.pool_bytes - after.pool_peak_bytes <= spare, f"{case}: pool"
     growth = sum(buffer.bytes for buffer in answer.buffers if buffer.use == "compute_growth")
     workspace = after.buffer_bytes - ready.buffer_bytes
-    assert 0 <= workspace - scratch.workspace_bytes <= min(growth, MIB), f"{case}: workspace"
+    assert 0 <= workspace - scratch.workspace_bytes <= growth, f"{case}: workspace"
     assert answer.scratch_bytes("CUDA0") == scratch.pool_bytes + scratch.workspace_bytes
 
 
