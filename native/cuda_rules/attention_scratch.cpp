@@ -11,8 +11,7 @@
 namespace cuda_rules {
 namespace {
 
-constexpr int64_t kKvStride = 256;                               // FATTN_KQ_STRIDE
-constexpr int kDp4a = 610, kBlackwell = 1200, kDgxSpark = 1210;  // GGML_CUDA_CC_*
+constexpr int64_t kKvStride = 256;  // FATTN_KQ_STRIDE
 
 // What cudaOccupancyMaxActiveBlocksPerMultiprocessor answers on the stand-in.  Of most kernels at least as many blocks
 // fit (their __launch_bounds__ ask the compiler for it), but a card's driver may answer more or less; the partial

@@ -18,7 +18,9 @@ struct Card {
     int compiled = 860;                // ggml_cuda_highest_compiled_arch(capability)
 };
 
-constexpr int kPascal = 600, kVolta = 700, kTuring = 750, kAmpere = 800, kAda = 890, kHopper = 900;  // GGML_CUDA_CC_*
+// GGML_CUDA_CC_*
+constexpr int kPascal = 600, kDp4a = 610, kVolta = 700, kTuring = 750, kAmpere = 800, kOrin = 870, kAda = 890,
+              kHopper = 900, kBlackwell = 1200, kDgxSpark = 1210, kRubin = 1300;
 
 // The index-th GPU, from 0.
 const Card & card(size_t index);

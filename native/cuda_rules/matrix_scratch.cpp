@@ -13,7 +13,6 @@ constexpr int64_t kRowPadding = 512;              // MATRIX_ROW_PADDING
 constexpr int64_t kVectorColumns = 8;             // MMVQ_MAX_BATCH_SIZE, MMVF_MAX_BATCH_SIZE
 constexpr int64_t kDp4aColumns = 64;              // MMQ_DP4A_MAX_BATCH_SIZE
 constexpr size_t kTiledSharedMemory = 48 * 1024;  // ggml_cuda_should_use_mmq
-constexpr int kDp4a = 610, kOrin = 870, kBlackwell = 1200, kDgxSpark = 1210;  // GGML_CUDA_CC_*
 
 // ------------------------------------------------------------------------------------------- which kernel, and when
 
@@ -59,7 +58,7 @@ bool has_float_vector_kernel(const ggml_tensor * matrix, int64_t columns, const 
 bool has_float_tile_kernel(const ggml_tensor * matrix, int64_t columns, bool of_experts, const Card & card) {
     constexpr int64_t kWarp = 32, kRowsPerBlock = 32;
     if (ggml_is_quantized(matrix->type) || !is_aligned_for_pairs(matrix) ||
-        matrix->ne[0] % (kWarp * int64_t(4 / ggml_type_size(matrix->type))) != 0 ||
+        matrix->ne[0] % (kWarp * 4 / int64_t(ggml_type_size(matrix->type))) != 0 ||
         matrix->ne[1] % kRowsPerBlock != 0) {
         return false;
     }

@@ -13,14 +13,13 @@ constexpr int64_t kFullTileRows = 128;  // rows not a multiple of it need the ke
 constexpr int kMostTileColumns = 128;   // mul_mat_q_switch_J
 constexpr size_t kBlockBytes = 144;     // block_q8_1_mmq and block_fp4_mmq
 constexpr size_t kThreads = 256;        // nthreads in all configurations
-constexpr int64_t kBlackwellMma = 1200, kRubin = 1300;
 
 bool has_stream_k(const Card & card) {
     return card.compiled >= kVolta;
 }
 
 bool has_fp4_instructions(const Card & card) {  // blackwell_mma_available
-    return card.compiled >= kBlackwellMma && card.compiled < kRubin;
+    return card.compiled >= kBlackwell && card.compiled < kRubin;
 }
 
 // The widths J that are compiled, of tiles that are 128 rows high, or 64 before Volta: mmq-config-*.cuh.
