@@ -14,7 +14,8 @@ from pyllamarun.run.binaries import Build
 from pyllamarun.units import GIB
 
 FOUNDING_GPU = Gpu(
-    index=0, name="NVIDIA GeForce RTX 3060", uuid="GPU-1", pci_address="0000:01:00.0", total_bytes=12 * GIB, free_bytes=11 * GIB, used_bytes=GIB,
+    index=0, name="NVIDIA GeForce RTX 3060", uuid="GPU-1", pci_address="0000:01:00.0",
+    total_bytes=12 * GIB, free_bytes=11 * GIB, used_bytes=GIB,
     processes=(GpuProcess(42, "Xorg", GIB // 2), GpuProcess(43, "game", None)), compute_capability="8.6",
     pcie_generation=4, pcie_width=16, memory_bandwidth_bytes_per_second=360_048_000_000,
 )  # fmt: skip
