@@ -17,14 +17,14 @@ from pyllamarun.plan.request import (
     has_option,
 )
 from pyllamarun.plan.speed import TokenCost, token_cost
-from pyllamarun.plan.spill import OVERRIDES, Division, Piece, cheapest_cover, divisions, stays_on_cpu
+from pyllamarun.plan.spill import OVERRIDES, Division, Piece, covers, divisions, stays_on_cpu
 from pyllamarun.units import format_size
 
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
 TENSOR_SPLIT = ("-ts", "--tensor-split")
 DEVICES = ("-dev", "--device")
 MAX_SPLIT_ATTEMPTS = 4
-MAX_FILL_ATTEMPTS = 4
+MAX_FILL_ATTEMPTS = 6
 AS_ASKED = Division("layers", 0, 0)
 GIVEN, ASSUMED = "given", "assumed"
 
@@ -52,7 +52,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to place the model, and what it takes; `left_behind` are tensors of the last step that did not fit."""
+    """One way to place the model, and what it takes; `left_behind` are tensors that would not fit with the others."""
 
     division: Division
     on_gpu: int
@@ -72,8 +72,11 @@ class Placement:
         return max(0, self.answer.offloadable_layers - self.gpu_layers)
 
     def cost(self, header: Header) -> TokenCost:
-        names = {piece.name for piece in self.left_behind}
-        return token_cost(header, self.answer, self.division, self.on_gpu, names)
+        return token_cost(header, self.answer, self.holds)
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is on a GPU."""
+        return self.division.holds(name, self.on_gpu) and all(piece.name != name for piece in self.left_behind)
 
     def scratch_bytes(self, limit: Limit) -> int:
         """What is held besides buffers and context; assumed where the probe has no rules, as for Vulkan."""
@@ -268,24 +271,20 @@ class _Search:
         if has_option(self._request.passthrough, *OVERRIDES):
             return fits
         (limit,) = self._limits
-        pieces = too_large.division.pieces(too_large.on_gpu, self._header.tensors)
+        division, step = too_large.division, too_large.on_gpu
         excess = too_large.used_bytes(limit) - limit.limit_bytes
-        for _ in range(MAX_FILL_ATTEMPTS):
-            left_behind = cheapest_cover(pieces, excess)
-            if not left_behind:
-                break
-            candidate = self._at(too_large.division, too_large.on_gpu, left_behind)
+        # Some choices split the graph so that it needs more room to compute, which only llama.cpp can say.
+        for left in covers(division.pieces(step, self._header.tensors), excess)[:MAX_FILL_ATTEMPTS]:
+            candidate = self._at(division, step, left)
             if candidate.fits:
                 return candidate
-            excess += candidate.used_bytes(limit) - limit.limit_bytes
         return fits
 
     def _at(self, division: Division, on_gpu: int, left_behind: tuple[Piece, ...] = ()) -> Placement:
         if self._splits and on_gpu > 0:
             return self._best_split(division, on_gpu)
-        return self._placement(
-            division, on_gpu, (), [*division.arguments(on_gpu), *stays_on_cpu(left_behind)], left_behind
-        )
+        where = [*division.arguments(on_gpu), *stays_on_cpu(left_behind)]
+        return self._placement(division, on_gpu, (), where, left_behind)
 
     def _placement(
         self,

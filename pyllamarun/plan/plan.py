@@ -111,14 +111,13 @@ def make_plan(header: Header, request: Request, devices: Sequence[Device], memor
 
 def _left_on_cpu(placement: Placement, header: Header) -> tuple[str, ...]:
     """Tensors of offloaded layers that stay on the CPU."""
-    left = {piece.name for piece in placement.left_behind}
     first = placement.layers_on_cpu
     return tuple(
         tensor.name
         for tensor in header.tensors
         if (block := re.match(r"blk\.(\d+)\.", tensor.name))
         and int(block[1]) >= first
-        and (tensor.name in left or not placement.division.holds(tensor.name, placement.on_gpu))
+        and not placement.holds(tensor.name)
     )
 
 

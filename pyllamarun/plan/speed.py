@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyllamarun.models.gguf import Header
 from pyllamarun.plan.probe import Answer
-from pyllamarun.plan.spill import EXPERTS, Division
+from pyllamarun.plan.spill import EXPERTS
 
 # As long as nothing is measured: a consumer card reads 300 to 1,000 GB/s, two channels of DDR4 or DDR5 35 to 70.
 GPU_TO_RAM = 8.0
@@ -50,34 +50,26 @@ class TokenCost:
         return self.as_ram_bytes - attention < CLEARLY * self.as_ram_bytes
 
 
-def token_cost(
-    header: Header, answer: Answer, division: Division, on_gpu: int, left_behind: Collection[str]
-) -> TokenCost:
-    """Weights by the tensor table, of experts only the share that is used; the KV cache as the probe says."""
+def token_cost(header: Header, answer: Answer, on_gpu: Callable[[str], bool]) -> TokenCost:
+    """Weights by the tensor table, of experts only the share that is used; the KV cache as the probe says.
+
+    A layer that is on both sides costs two crossings.
+    """
     used = header.get("expert_used_count", 0)
     share = used / answer.experts if answer.experts and isinstance(used, int) else 1.0
-    gpu = cpu = 0.0
-    crossing = set()
+    read = {True: 0.0, False: 0.0}
+    sides: dict[str, set[bool]] = {}
     for tensor in header.tensors:
         if tensor.name.startswith("token_embd"):
             continue  # one row of it
-        read = tensor.size_bytes * (share if re.search(EXPERTS, tensor.name) else 1.0)
-        if division.holds(tensor.name, on_gpu) and tensor.name not in left_behind:
-            gpu += read
-        else:
-            cpu += read
-            crossing.add(tensor.name.rpartition(".ffn")[0] or tensor.name)
-    whole = division.layers - on_gpu if division.name in ("layers", "attention") else 0
-    crossings = 1 + sum(not _is_in_first_layers(name, whole) for name in crossing)
+        side = on_gpu(tensor.name)
+        read[side] += tensor.size_bytes * (share if re.search(EXPERTS, tensor.name) else 1.0)
+        sides.setdefault(".".join(tensor.name.split(".")[:2]), set()).add(side)
+    on_device = answer.bytes(use="context", kind="device")
     return TokenCost(
-        gpu_weights_bytes=round(gpu),
-        cpu_weights_bytes=round(cpu),
-        gpu_context_bytes=answer.bytes(use="context", kind="device"),
-        cpu_context_bytes=answer.bytes(use="context") - answer.bytes(use="context", kind="device"),
-        crossings=crossings,
+        gpu_weights_bytes=round(read[True]),
+        cpu_weights_bytes=round(read[False]),
+        gpu_context_bytes=on_device,
+        cpu_context_bytes=answer.bytes(use="context") - on_device,
+        crossings=2 * sum(len(both) > 1 for both in sides.values()),
     )
-
-
-def _is_in_first_layers(name: str, layers: int) -> bool:
-    block = re.match(r"blk\.(\d+)", name)
-    return block is not None and int(block[1]) < layers

@@ -10,6 +10,7 @@ from pyllamarun.models.gguf import Tensor
 from pyllamarun.plan.probe import Answer
 from pyllamarun.plan.request import has_option
 
+MORE_STEPS = 2
 ROW_PADDING = 512  # MATRIX_ROW_PADDING in ggml-cuda's common.cuh: the last row of a quantized tensor is padded to it
 
 EXPERTS = r"ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX in llama.cpp's common.h
@@ -27,6 +28,10 @@ class Piece:
 
     name: str
     size_bytes: int
+
+    @property
+    def layer(self) -> str:
+        return self.name.rpartition(".weight")[0].rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,12 @@ class Division:
         return self.layers - step if self.name in ("layers", "attention") else self.steps - step
 
     def pieces(self, step: int, tensors: Iterable[Tensor]) -> list[Piece]:
-        """What of that layer can stay on the CPU alone."""
+        """What can stay on the CPU alone, with `step` steps on the GPU: of the last one; of experts and feed-forward
+        matrices, which are few and large, also of those before it."""
         kinds = {"experts": EXPERTS, "feed_forward": FEED_FORWARD}.get(self.name, MATRICES)
-        pattern = re.compile(rf"blk\.{self.layer_of_step(step)}\.{kinds}\.weight")
+        steps = range(max(1, step - MORE_STEPS), step + 1) if kinds is not MATRICES else [step]
+        layers = "|".join(str(self.layer_of_step(one)) for one in steps)
+        pattern = re.compile(rf"blk\.({layers})\.{kinds}\.weight")
         found = [Piece(tensor.name, size_on_gpu(tensor)) for tensor in tensors if pattern.fullmatch(tensor.name)]
         if self.name == "attention":
             found = [piece for piece in found if not re.search(EXPERTS, piece.name)]
@@ -99,17 +107,14 @@ def divisions(passthrough: Sequence[str], answer: Answer, gpus: int) -> list[Div
 
 def stays_on_cpu(pieces: Sequence[Piece]) -> list[str]:
     """Arguments that keep these tensors on the CPU."""
-    names = [re.escape(piece.name).replace(r"\_", "_") for piece in pieces]
-    return ["-ot", ",".join(f"{name}=CPU" for name in names)] if names else []
+    return ["-ot", ",".join(f"{re.escape(piece.name)}=CPU" for piece in pieces)] if pieces else []
 
 
-def cheapest_cover(pieces: Sequence[Piece], needed_bytes: int) -> tuple[Piece, ...] | None:
-    """Of all choices that come to at least `needed_bytes`, the one with the fewest bytes, then the fewest pieces."""
-    best: tuple[int, int, tuple[Piece, ...]] | None = None
-    chosen: list[tuple[int, tuple[Piece, ...]]] = [(0, ())]
+def covers(pieces: Sequence[Piece], needed_bytes: int) -> list[tuple[Piece, ...]]:
+    """All choices that come to at least `needed_bytes`, the smallest first, then those of fewest layers and pieces."""
+    choices: list[tuple[int, tuple[Piece, ...]]] = [(0, ())]
     for piece in pieces:
-        chosen += [(size + piece.size_bytes, (*others, piece)) for size, others in chosen]
-    for size, choice in chosen:
-        if size >= needed_bytes and (best is None or (size, len(choice)) < best[:2]):
-            best = (size, len(choice), choice)
-    return best[2] if best else None
+        choices += [(size + piece.size_bytes, (*others, piece)) for size, others in choices]
+    enough = [(size, choice) for size, choice in choices if size >= needed_bytes]
+    enough.sort(key=lambda one: (one[0], len({piece.layer for piece in one[1]}), len(one[1])))
+    return [choice for _, choice in enough]

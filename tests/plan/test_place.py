@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from random import Random
 
 import pytest
+import shapes
 from harness import Machine
 
 from pyllamarun.errors import DoesNotFit, UsageError
+from pyllamarun.models.gguf import read_header
 from pyllamarun.plan.place import Placement, apportion, place, resolve_limits
 from pyllamarun.plan.probe import Answer, Device
 from pyllamarun.plan.request import Budget, Request
+from pyllamarun.plan.spill import OVERRIDES, Piece, covers
 from pyllamarun.units import GIB, MIB
 
 
@@ -33,13 +39,14 @@ def placed(machine: Machine, model: Path, wanted: Request, *sizes_bytes: int) ->
         questions += 1
         return machine.ask(arguments)
 
-    return place(str(model), wanted, resolve_limits(wanted, devices), ask), questions
+    return place(read_header(model), wanted, resolve_limits(wanted, devices), ask), questions
 
 
-def one_more_layer_fits(machine: Machine, placement: Placement) -> bool:
-    arguments = list(placement.arguments)
-    arguments[arguments.index("-ngl") + 1] = str(placement.gpu_layers + 1)
-    answer = machine.ask(arguments)
+def one_more_step_fits(machine: Machine, model: Path, placement: Placement) -> bool:
+    """Whether the next step fits whole; the present one itself, where something of it was left behind."""
+    step = placement.on_gpu + (0 if placement.left_behind else 1)
+    where = placement.division.arguments(step)
+    answer = machine.ask(["-m", str(model), "-c", "1024", "-np", "1", *where, "-fit", "off"])
     return all(answer.bytes(device=limit.device.name) <= limit.limit_bytes for limit in placement.limits)
 
 
@@ -54,16 +61,91 @@ def test_fills_the_budget_and_keeps_to_it(
     budget = int(least + (most - least) * share)
     placement, _ = placed(gpu, model, request(budget), 4 * GIB)
     assert placement.used_bytes(placement.limits[0]) <= budget
-    assert placement.gpu_layers < placement.answer.offloadable_layers
-    assert not one_more_layer_fits(gpu, placement)
+    assert placement.on_gpu < placement.division.steps or placement.left_behind
+    assert not one_more_step_fits(gpu, model, placement)
+
+
+FILLED = {
+    "70B on 8 GiB": ("70B", 8 * GIB),
+    "70B on 11.5 GiB": ("70B", int(11.5 * GIB)),
+    "70B on 23.5 GiB": ("70B", int(23.5 * GIB)),
+    "Mixtral on 8 GiB": ("mixtral-8x7b", 8 * GIB),
+    "Mixtral on 11.5 GiB": ("mixtral-8x7b", int(11.5 * GIB)),
+    "8B on 4 GiB": ("llama-8b", 4 * GIB),
+    "Qwen3 30B-A3B on 8 GiB": ("qwen3-30b-a3b", 8 * GIB),
+    "Gemma 3 on 6 GiB": ("gemma3-12b", 6 * GIB),
+}
+
+
+@pytest.mark.parametrize(("name", "budget"), FILLED.values(), ids=FILLED)
+def test_99_percent_of_the_budget_are_used(
+    name: str, budget: int, header_70b: Path, tmp_path: Path, machine: Callable[..., Machine]
+) -> None:
+    model = header_70b
+    if name != "70B":
+        model = shapes.write(shapes.SHAPES[name](48 if name in ("qwen3-30b-a3b", "gemma3-12b") else 32), tmp_path / "m")
+    placement, questions = placed(machine(24576), model, request(budget), 24 * GIB)
+    assert 0.99 * budget <= placement.used_bytes(placement.limits[0]) <= budget
+    assert questions <= 14
+    again, _ = placed(machine(24576), model, request(budget), 24 * GIB)
+    assert again.arguments == placement.arguments
+
+
+def test_experts_go_to_the_cpu_before_attention_does(tmp_path: Path, machine: Callable[..., Machine]) -> None:
+    model = shapes.write(shapes.mixtral_8x7b(32), tmp_path / "m")
+    placement, _ = placed(machine(12288), model, request(8 * GIB), 12 * GIB)
+    assert (placement.division.name, placement.gpu_layers) == ("experts", 33)
+    assert all("_exps" in piece.name for piece in placement.left_behind)
+    small, _ = placed(machine(12288), model, request(700 * MIB), 12 * GIB)
+    assert small.division.name == "attention"
+    assert 0 < small.gpu_layers < 33
+
+
+def test_a_long_context_stays_on_the_gpu(tmp_path: Path, machine: Callable[..., Machine]) -> None:
+    """Where the KV cache of the layers on the CPU would cost more than their feed-forward matrices do."""
+    model = shapes.write(shapes.llama_8b(32), tmp_path / "m")
+
+    def division(context: int) -> str:
+        wanted = replace(request(6 * GIB), context_tokens=context)
+        return placed(machine(12288), model, wanted, 12 * GIB)[0].division.name
+
+    assert [division(context) for context in (1024, 32768)] == ["layers", "feed_forward"]
+
+
+@pytest.mark.parametrize("option", [["-ot", r"blk\.0\..*=CPU"], ["-ncmoe", "1"], ["-ncffn", "1"], ["-cmoe"]], ids=str)
+def test_what_the_user_says_of_tensors_is_all_that_is_said(
+    option: list[str], tiny: Callable[[str], Path], machine: Callable[..., Machine]
+) -> None:
+    model = tiny("mixtral")
+    asked = ["-m", str(model), "-c", "1024", "-np", "1", *option, "-ngl"]
+    least, most = (machine(4096).ask([*asked, layers]).bytes(device="VIRTUAL0") for layers in ("0", "99"))
+    budget = least + (most - least) * 2 // 3
+    placement, _ = placed(machine(4096), model, request(budget, passthrough=option), 4 * GIB)
+    assert placement.division.name == "layers"
+    assert placement.left_behind == ()
+    assert sum(argument in OVERRIDES for argument in placement.arguments) == 1
+
+
+def test_the_cheapest_cover() -> None:
+    random = Random(0)
+    for _ in range(200):
+        pieces = [Piece(str(i), random.randrange(1, 60)) for i in range(random.randrange(1, 8))]
+        needed = random.randrange(1, 200)
+        found = next(iter(covers(pieces, needed)), ())
+        sums = [sum(p.size_bytes for p in c) for n in range(1, len(pieces) + 1) for c in combinations(pieces, n)]
+        enough = [size for size in sums if size >= needed]
+        assert sum(p.size_bytes for p in found) == min(enough, default=0)
+    assert covers([Piece("a", 5), Piece("b", 3), Piece("c", 2)], 5)[0] == (Piece("a", 5),)
+    of_two = [Piece("blk.1.a.weight", 1), Piece("blk.2.a.weight", 1), Piece("blk.2.b.weight", 1)]
+    assert [piece.name for piece in covers(of_two, 2)[0]] == ["blk.2.a.weight", "blk.2.b.weight"]
 
 
 def test_the_founding_case(header_70b: Path, machine: Callable[..., Machine]) -> None:
     budget = int(11.5 * GIB)
     placement, questions = placed(machine(12288), header_70b, request(budget), 12 * GIB)
     assert placement.used_bytes(placement.limits[0]) <= budget
-    assert not one_more_layer_fits(machine(12288), placement)
-    assert questions <= 6
+    assert placement.used_bytes(placement.limits[0]) >= 0.99 * budget
+    assert questions <= 8
 
 
 def test_everything_goes_to_a_gpu_that_is_large_enough(
@@ -103,11 +185,13 @@ def test_a_budget_below_the_least_is_refused_with_numbers(
     assert placement.gpu_layers == 0
 
 
-def test_more_memory_never_means_fewer_layers(header_70b: Path, machine: Callable[..., Machine]) -> None:
-    layers = [
-        placed(machine(12288), header_70b, request(budget * GIB), 12 * GIB)[0].gpu_layers for budget in range(1, 13)
+def test_more_memory_never_costs_more(header_70b: Path, machine: Callable[..., Machine]) -> None:
+    header = read_header(header_70b)
+    costs = [
+        placed(machine(12288), header_70b, request(budget * GIB), 12 * GIB)[0].cost(header).as_ram_bytes
+        for budget in range(1, 13)
     ]
-    assert layers == sorted(layers)
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_more_context_never_takes_less(header_70b: Path, machine: Callable[..., Machine]) -> None:

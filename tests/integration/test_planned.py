@@ -1,0 +1,44 @@
+"""What the planner chooses is what llama-server allocates: on every device, in bytes, at ready and after a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import synthetic
+from harness import Machine
+
+from pyllamarun.models.gguf import read_header
+from pyllamarun.plan.place import place, resolve_limits
+from pyllamarun.plan.probe import Device
+from pyllamarun.plan.request import Budget, Request
+from pyllamarun.units import MIB
+
+CARDS = {"small": (0.25,), "middling": (0.7,), "two unequal": (0.5, 0.2)}  # shares of what everything would take
+
+
+@pytest.mark.parametrize("context", [512, 1024, 4096])
+@pytest.mark.parametrize("shares", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize("architecture", synthetic.ARCHITECTURES)
+def test_planned_is_allocated(
+    architecture: str,
+    shares: Sequence[float],
+    context: int,
+    tiny: Callable[[str], Path],
+    machine: Callable[..., Machine],
+) -> None:
+    model, gpus = tiny(architecture), machine(*[4096, 2048][: len(shares)])
+    fixed = ["-m", str(model), "-c", str(context), "-np", "1", "-fit", "off"]
+    least, most = (gpus.ask([*fixed, "-ngl", layers]).bytes(device="VIRTUAL0") for layers in ("0", "99"))
+    budgets = tuple(Budget("bytes", int(least + (most - least) * share)) for share in shares)
+    devices = [Device(name, name, "VIRTUAL", "gpu", 2048 * MIB, 2048 * MIB) for name in gpus.device_names]
+    wanted = Request(context, 1, budgets, overhead_bytes=0)
+    placement = place(read_header(model), wanted, resolve_limits(wanted, devices), gpus.ask)
+    predicted = [placement.used_bytes(limit) for limit in placement.limits]
+    assert all(used <= budget.amount for used, budget in zip(predicted, budgets))
+    with gpus.serve([*placement.arguments, "--ctx-checkpoints", "0"]) as server:
+        answer = placement.answer
+        server.complete([3 + i % 200 for i in range(answer.worst_prompt_tokens or answer.slot_context_tokens - 1)])
+        assert server.used_bytes() == predicted, placement.arguments
+        assert server.peak_bytes() == predicted
