@@ -11,6 +11,10 @@ U8, I8, U16, I16, U32, I32, F32, BOOL, STR, ARR, U64, I64, F64 = range(13)
 ESCAPES = "\x1b[2J\x9b31m\u202ex"  # clears the screen, turns red, and reverses what follows
 
 
+def drives_no_terminal(text: str) -> bool:
+    return all(character.isprintable() or character in "\n\t" for character in text)
+
+
 def integers(code: str, *numbers: int) -> bytes:
     return struct.pack(f"<{len(numbers)}{code}", *numbers)
 
@@ -33,13 +37,18 @@ def tensor(name: str | bytes = "t", shape: tuple[int, ...] = (32,), kind: int = 
 
 
 def gguf_file(
-    *keys: bytes, tensors: tuple[bytes, ...] = (), data: int = 0, version: int = 3, architecture: bytes | None = None
+    *keys: bytes,
+    tensors: tuple[bytes, ...] = (),
+    data: int = 0,
+    version: int = 3,
+    architecture: bytes | None = None,
+    alignment: int = 32,
 ) -> bytes:
     """A file of these keys, after the architecture's, and tensors, with so many bytes of data."""
     keys = (key("general.architecture", STR, string("llama")) if architecture is None else architecture, *keys)
     keys = tuple(filter(None, keys))
     head = b"GGUF" + integers("I", version) + integers("Q", len(tensors), len(keys)) + b"".join(keys + tensors)
-    return head + b"\0" * (-len(head) % 32) + b"\0" * data
+    return head + b"\0" * (-len(head) % alignment) + b"\0" * data
 
 
 def counts(tensors: int, keys: int) -> bytes:
