@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
+from pathlib import Path
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STR, ARR, U64, I64, F64 = range(13)
 ESCAPES = "\x1b[2J\x9b31m\u202ex"  # clears the screen, turns red, and reverses what follows
@@ -68,6 +71,24 @@ def part(number: int, count: int, *tensors: bytes, announced: int) -> bytes:
     keys = [key("split.no", U16, integers("H", number)), key("split.count", U16, integers("H", count))]
     keys.append(key("split.tensors.count", I32, integers("i", announced)))
     return gguf_file(*keys, tensors=tensors, data=128 * len(tensors), architecture=b"" if number else None)
+
+
+def no_file(kind: str, folder: Path) -> Path:
+    """Something else in place of a model file, by its kind; nothing at all where it is "missing"."""
+    path = folder / "model.gguf"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "too long":
+        return folder / ("x" * 300)
+    return path
 
 
 SOUND = gguf_file(

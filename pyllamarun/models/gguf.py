@@ -118,33 +118,33 @@ class Header:
 
     @property
     def name(self) -> str:
-        name = self.get("general.name")
-        return _shown(name if isinstance(name, str) and name else self.path.stem)
+        name = self.metadata.get("general.name")
+        return _shown(name.data if name and name.data else self.path.stem)
 
     @property
     def layers(self) -> int:
         """Repeating layers (block_count)."""
-        count = self.get("block_count", 0)
-        return count if isinstance(count, int) and 0 <= count < 1 << 16 else 0
+        return self._integer("block_count")
 
     @property
     def trained_context_tokens(self) -> int:
-        tokens = self.get("context_length", 0)
-        return tokens if isinstance(tokens, int) else 0
+        return self._integer("context_length")
 
     @property
     def vocabulary_size(self) -> int:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if tokens and isinstance(tokens.data, Array):
-            return tokens.data.count
-        size = self.get("vocab_size", 0)
-        return size if isinstance(size, int) and size > 0 else 0
+        return tokens.data.count if tokens else self._integer("vocab_size")
 
     @property
     def file_type(self) -> str:
         """What the file calls its quantization, e.g. "Q4_K_M"; "" if it does not say."""
-        number = self.get("general.file_type")
-        return FILE_TYPES.get(number, "") if isinstance(number, int) else ""
+        number = self.metadata.get("general.file_type")
+        return FILE_TYPES.get(number.data, "") if number else ""
+
+    def _integer(self, key: str) -> int:
+        """A number above 0 from the architecture's own keys; 0 if there is none."""
+        value = self.metadata.get(f"{self.architecture}.{key}")
+        return value.data if value and isinstance(value.data, int) and value.data > 0 else 0
 
     @cached_property
     def weights_bytes(self) -> int:
@@ -161,7 +161,7 @@ def read_header(path: Path) -> Header:
     Raises UsageError when there is no such file, and ModelError when it is not a sound GGUF file.
     """
     first = _read_part(path)
-    count = first.get("split.count", 0)
+    count = first.metadata["split.count"].data if "split.count" in first.metadata else 0
     if count > 1 and first.get("split.no", 0) != 0:
         raise ModelError(
             f"{path} is not the first part of its split model.",

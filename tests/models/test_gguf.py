@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,9 @@ from hostile import (
     ARR,
     BOOL,
     ESCAPES,
+    F32,
     FAULTS,
+    I32,
     SOUND,
     STR,
     U8,
@@ -26,6 +26,7 @@ from hostile import (
     gguf_file,
     integers,
     key,
+    no_file,
     part,
     string,
     tensor,
@@ -212,6 +213,38 @@ def test_names_from_a_file_are_printable_and_short(tmp_path: Path) -> None:
     assert read_header(path.rename(tmp_path / f"{ESCAPES}.gguf")).name.isprintable()
 
 
+READ_KEYS = [
+    "general.name",
+    "general.file_type",
+    "split.count",
+    "split.no",
+    "block_count",
+    "context_length",
+    "vocab_size",
+]
+ODD_VALUES = {
+    "string": (STR, string("7")),
+    "negative": (I32, integers("i", -7)),
+    "array": (ARR, array(U8, 1, b"7")),
+    "float": (F32, integers("f", 7)),
+}
+
+
+@pytest.mark.parametrize(("kind", "value"), ODD_VALUES.values(), ids=ODD_VALUES)
+@pytest.mark.parametrize("name", READ_KEYS)
+@pytest.mark.parametrize("prefix", ["", "llama."])
+def test_odd_values_are_refused_or_passed_over(prefix: str, name: str, kind: int, value: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(gguf_file(key(prefix + name, kind, value)))
+    try:
+        header = read_header(path)
+    except ModelError:
+        return
+    assert (header.architecture, header.file_type, header.layers) == ("llama", "", 0)
+    assert header.name in ("odd", "7")
+    assert (header.trained_context_tokens, header.vocabulary_size) == (0, 0)
+
+
 def test_values_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     path = tmp_path / "latin1.gguf"
     tokens = key("tokenizer.ggml.tokens", ARR, array(STR, 2, string(b"\xff") + string("b")))
@@ -224,27 +257,10 @@ def test_values_that_are_not_utf8_are_read(tmp_path: Path) -> None:
 NO_FILES = ["folder", "fifo", "socket", "device", "missing", "loop", "too long"]
 
 
-def what_is_no_file(kind: str, folder: Path) -> Path:
-    path = folder / "model.gguf"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "socket":
-        os.mknod(path, stat.S_IFSOCK | 0o600)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "too long":
-        return folder / ("x" * 300)
-    return path
-
-
 @pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_regular_file_is_a_usage_error(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        read_header(what_is_no_file(kind, tmp_path))
+        read_header(no_file(kind, tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
@@ -252,6 +268,6 @@ def test_a_part_that_is_no_regular_file_is_a_usage_error(kind: str, tmp_path: Pa
     first = write_parts(tmp_path, *TWO_PARTS)
     second = first.with_name("m-00002-of-00002.gguf")
     second.unlink()
-    what_is_no_file(kind, tmp_path).rename(second)
+    no_file(kind, tmp_path).rename(second)
     with pytest.raises(UsageError):
         read_header(first)
