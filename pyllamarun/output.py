@@ -31,7 +31,8 @@ def error_envelope(kind: str, error: PyllamarunError) -> dict[str, Any]:
 
 
 def print_json(data: Any) -> None:
-    print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
+    """In ASCII: control characters beyond it, which JSON leaves as they are, must not drive the terminal either."""
+    print(json.dumps(data, default=str), flush=True)
 
 
 def print_text(text: str = "") -> None:

@@ -1,14 +1,15 @@
 """Reads GGUF headers (v2, v3), also from strangers.
 
 Every count, length and product is bounded before anything is allocated for it; a violation is one ModelError that names
-the field and its offset.  Tensor data is never touched, and the cost grows with the header, not with the file.  The
-format: docs/gguf.md of ggml; the bounds are those of gguf_init_from_reader in ggml/src/gguf.cpp, or tighter.
+the field and its offset.  Tensor data is never touched, and the cost grows with the header, not with the file: reading
+takes the header's size and at most 64 MiB of memory, whatever a file claims.  The format: docs/gguf.md of ggml; the
+bounds are those of gguf_init_from_reader in ggml/src/gguf.cpp, or tighter.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import stat
 import struct
 from collections.abc import Mapping
@@ -24,22 +25,36 @@ from pyllamarun.output import printable
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-MAX_METADATA_KEYS = 1 << 16
-MAX_TENSORS = 1 << 20
+MAX_METADATA_KEYS = 1 << 14
+MAX_TENSORS = 1 << 16
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME - 1
 MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-MAX_BYTES = 1 << 62
-MAX_HEADER_BYTES = 1 << 30
+MAX_ELEMENTS = 1 << 62
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+MAX_HEADER_BYTES = 64 << 20  # a vocabulary of 200,000 tokens with its merges takes 13 MiB
+MAX_TEXT_BYTES = 8 << 20  # of keys, names and string values together: as Python's strings they may take four times that
+MAX_ALIGNMENT = 1 << 20
+MAX_SHOWN = 100  # characters of a name, where a person reads it
 CHUNK_BYTES = 1 << 20
 
 
 # enum gguf_type: number -> struct format, for the types of fixed size.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY, UINT32, INT32, FLOAT32 = 8, 9, 4, 5, 6
+STRING, ARRAY, UINT16, UINT32, INT32, FLOAT32 = 8, 9, 2, 4, 5, 6
+TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "arr", "u64", "i64", "f64")
+
+# The types that llama.cpp insists on, for the keys that are read here; the last two follow the architecture's name.
+KEY_TYPES = {
+    "general.architecture": STRING, "general.name": STRING, "general.alignment": UINT32, "general.file_type": UINT32,
+    "split.no": UINT16, "split.count": UINT16, "split.tensors.count": INT32, "tokenizer.ggml.tokens": ARRAY,
+    "block_count": UINT32, "context_length": UINT32,
+}  # fmt: skip
+
+_unpack_length = struct.Struct("<Q").unpack_from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """One line of the tensor table; `shape` has the fastest dimension first, `offset` counts from the data section."""
 
@@ -50,7 +65,7 @@ class Tensor:
     size_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Array:
     """A metadata array, kept as it stands in the file: a vocabulary is large and rarely looked at."""
 
@@ -59,13 +74,17 @@ class Array:
     raw: bytes
 
     def values(self) -> list[Any]:
-        if self.element_type == STRING:
-            cursor = _Cursor.over(self.raw)
-            return [cursor.string("array element").decode("utf-8", "replace") for _ in range(self.count)]
-        return list(struct.unpack(f"<{self.count}{SCALARS[self.element_type]}", self.raw))
+        if self.element_type != STRING:
+            return list(struct.unpack(f"<{self.count}{SCALARS[self.element_type]}", self.raw))
+        texts, position = [], 0
+        for _ in range(self.count):
+            (length,) = _unpack_length(self.raw, position)
+            position += 8 + length
+            texts.append(self.raw[position - length : position].decode("utf-8", "replace"))
+        return texts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Value:
     """A metadata value with its GGUF type; `data` is an int, float, bool, str or Array."""
 
@@ -99,32 +118,33 @@ class Header:
 
     @property
     def name(self) -> str:
-        name = self.get("general.name")
-        return printable(name) if isinstance(name, str) and name else self.path.stem
+        name = self.metadata.get("general.name")
+        return _shown(name.data if name and name.data else self.path.stem)
 
     @property
     def layers(self) -> int:
         """Repeating layers (block_count)."""
-        count = self.get("block_count", 0)
-        return count if isinstance(count, int) and 0 <= count < 1 << 16 else 0
+        return self._integer("block_count")
 
     @property
     def trained_context_tokens(self) -> int:
-        tokens = self.get("context_length", 0)
-        return tokens if isinstance(tokens, int) else 0
+        return self._integer("context_length")
 
     @property
     def vocabulary_size(self) -> int:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if tokens and isinstance(tokens.data, Array):
-            return tokens.data.count
-        size = self.get("vocab_size", 0)
-        return size if isinstance(size, int) and 0 <= size < 1 << 31 else 0
+        return tokens.data.count if tokens else self._integer("vocab_size")
 
     @property
     def file_type(self) -> str:
         """What the file calls its quantization, e.g. "Q4_K_M"; "" if it does not say."""
-        return FILE_TYPES.get(self.get("general.file_type", -1), "")
+        number = self.metadata.get("general.file_type")
+        return FILE_TYPES.get(number.data, "") if number else ""
+
+    def _integer(self, key: str) -> int:
+        """A number above 0 from the architecture's own keys; 0 if there is none."""
+        value = self.metadata.get(f"{self.architecture}.{key}")
+        return value.data if value and isinstance(value.data, int) and value.data > 0 else 0
 
     @cached_property
     def weights_bytes(self) -> int:
@@ -141,15 +161,17 @@ def read_header(path: Path) -> Header:
     Raises UsageError when there is no such file, and ModelError when it is not a sound GGUF file.
     """
     first = _read_part(path)
-    count = first.get("split.count", 0)
-    if not isinstance(count, int) or count <= 1:
-        return first
-    if count > 10_000 or first.get("split.no", 0) != 0:
+    count = first.metadata["split.count"].data if "split.count" in first.metadata else 0
+    if count > 1 and first.get("split.no", 0) != 0:
         raise ModelError(
             f"{path} is not the first part of its split model.",
             why=f"It says that it is part {first.get('split.no')} of {count}, counted from 0.",
             remedy="Name the first part; the others are found beside it.",
         )
+    if not first.architecture:
+        _fail(path, "It does not say of which architecture it is.")
+    if count <= 1:
+        return first
     parts = [first] + [_read_part(p) for p in _split_paths(path, count)[1:]]
     for number, part in enumerate(parts):
         if part.get("split.no") != number or part.get("split.count") != count:
@@ -197,7 +219,7 @@ def _read_part(path: Path) -> Header:
 def parse_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
     """Parses one file's header from a stream at its start; `file_bytes` is the size of the whole file."""
     cursor = _Cursor(file, path, min(file_bytes, MAX_HEADER_BYTES))
-    magic = cursor.take(4, "magic")
+    magic = cursor.take(min(file_bytes, len(MAGIC)), "magic")
     if magic != MAGIC:
         raise ModelError(
             f"{path} is not a GGUF file.",
@@ -211,26 +233,23 @@ def parse_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
     tensor_count = cursor.count("number of tensors", MAX_TENSORS)
     key_count = cursor.count("number of metadata keys", MAX_METADATA_KEYS)
     metadata = _read_metadata(cursor, key_count)
+    _check_metadata(path, metadata)
     alignment = metadata["general.alignment"].data if "general.alignment" in metadata else DEFAULT_ALIGNMENT
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
-        cursor.fail("general.alignment", f"{alignment!r} is not a power of two")
-    tensors = tuple(_read_tensor(cursor, alignment) for _ in range(tensor_count))
+    tensors = _read_tensors(cursor, tensor_count, alignment)
     _check_names(path, tensors)
-    data_start = -(-cursor.position // alignment) * alignment
-    _check_data(path, tensors, file_bytes - data_start)
+    _check_data(path, tensors, file_bytes - _padded(cursor.position, alignment))
     return Header((path,), metadata, tensors)
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
     metadata: dict[str, Value] = {}
     for _ in range(count):
-        key = cursor.string("metadata key", MAX_KEY_BYTES).decode("utf-8", "replace")
-        if not key:
-            cursor.fail("metadata key", "it is empty")
+        key = cursor.name("metadata key", MAX_KEY_BYTES)
+        shown = _shown(key)
         if key in metadata:
-            cursor.fail("metadata key", f'"{printable(key)}" stands twice')
-        value_type = cursor.scalar("I", f"type of {printable(key)}")
-        metadata[key] = Value(value_type, _read_value(cursor, value_type, printable(key)))
+            cursor.fail("metadata key", f'"{shown}" stands twice')
+        value_type = cursor.scalar("I", f"type of {shown}")
+        metadata[key] = Value(value_type, _read_value(cursor, value_type, shown))
     return metadata
 
 
@@ -238,124 +257,156 @@ def _read_value(cursor: _Cursor, value_type: int, key: str) -> Any:
     if value_type in SCALARS:
         return cursor.scalar(SCALARS[value_type], key)
     if value_type == STRING:
-        return cursor.string(key).decode("utf-8", "replace")
+        return cursor.text(key, MAX_TEXT_BYTES).decode("utf-8", "replace")
     if value_type != ARRAY:
-        cursor.fail(key, f"{value_type} is no value type")
+        cursor.fail(f"type of {key}", f"{value_type} is no value type")
     element_type = cursor.scalar("I", f"element type of {key}")
+    if element_type not in SCALARS and element_type != STRING:
+        cursor.fail(f"element type of {key}", f"{element_type} is no type for the elements of an array")
     count = cursor.scalar("Q", f"length of {key}")
-    start = cursor.position
-    if element_type in SCALARS:
-        cursor.skip(count * struct.calcsize(SCALARS[element_type]), key)
-    elif element_type == STRING:
-        cursor.skip_strings(count, key)
-    else:
-        cursor.fail(key, f"{element_type} is no type for the elements of an array")
-    return Array(element_type, count, cursor.slice(start))
+    if element_type == STRING:
+        return Array(STRING, count, cursor.strings(count, key))
+    return Array(element_type, count, cursor.block(count * struct.calcsize(SCALARS[element_type]), key))
 
 
-def _read_tensor(cursor: _Cursor, alignment: int) -> Tensor:
-    name = cursor.string("tensor name", MAX_NAME_BYTES).decode("utf-8", "replace")
-    shown = printable(name)
-    if not name:
-        cursor.fail("tensor name", "it is empty")
+def _check_metadata(path: Path, metadata: Mapping[str, Value]) -> None:
+    """That the keys which are read here are what llama.cpp takes; it would refuse them, or abort."""
+    architecture = metadata.get("general.architecture")
+    prefix = f"{architecture.data}." if architecture else ""
+    for short_key, expected in KEY_TYPES.items():
+        key = short_key if "." in short_key else prefix + short_key
+        if key in metadata and metadata[key].type != expected:
+            _fail(path, f"{_shown(key)} is of type {TYPE_NAMES[metadata[key].type]} and not {TYPE_NAMES[expected]}.")
+    alignment = metadata.get("general.alignment")
+    if alignment and (alignment.data.bit_count() != 1 or alignment.data > MAX_ALIGNMENT):
+        _fail(path, f"general.alignment is {alignment.data}, which is no power of two of at most {MAX_ALIGNMENT}.")
+    layers = metadata.get(f"{prefix}block_count")
+    if layers and not 0 < layers.data <= MAX_LAYERS:
+        _fail(path, f"{_shown(prefix)}block_count is {layers.data}, which is not between 1 and {MAX_LAYERS}.")
+
+
+def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
+    """The tensor table, in which the data of each tensor must begin where that of the one before ends, aligned."""
+    tensors = []
+    offset = 0
+    for _ in range(count):
+        tensor = _read_tensor(cursor)
+        if tensor.offset != offset:
+            cursor.fail(f"offset of {_shown(tensor.name)}", f"it is {tensor.offset} and should be {offset}")
+        tensors.append(tensor)
+        offset = _padded(offset + tensor.size_bytes, alignment)
+    return tuple(tensors)
+
+
+def _read_tensor(cursor: _Cursor) -> Tensor:
+    name = cursor.name("tensor name", MAX_NAME_BYTES)
+    shown = _shown(name)
     dimensions = cursor.scalar("I", f"dimensions of {shown}")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         cursor.fail(f"dimensions of {shown}", f"{dimensions} is not between 1 and {MAX_DIMENSIONS}")
-    shape = tuple(cursor.scalar("q", f"shape of {shown}") for _ in range(dimensions))
+    shape = tuple(_read_dimension(cursor, shown) for _ in range(dimensions))
+    elements = math.prod(shape)
+    if elements > MAX_ELEMENTS:
+        cursor.fail(f"shape of {shown}", "it is larger than any memory")
     type_number = cursor.scalar("I", f"type of {shown}")
     tensor_type = TENSOR_TYPES.get(type_number)
     if tensor_type is None:
         cursor.fail(f"type of {shown}", f"{type_number} is no tensor type of this llama.cpp")
-    elements = 1
-    for dimension in shape:
-        if dimension <= 0:
-            cursor.fail(f"shape of {shown}", f"{dimension} is not positive")
-        elements *= dimension
-        if elements > MAX_BYTES:
-            cursor.fail(f"shape of {shown}", "it is larger than any memory")
     if shape[0] % tensor_type.block_size:
-        cursor.fail(f"shape of {shown}", f"rows of {shape[0]} are no multiple of {tensor_type.name}'s blocks")
+        cursor.fail(f"type of {shown}", f"rows of {shape[0]} are no multiple of {tensor_type.name}'s blocks")
     offset = cursor.scalar("Q", f"offset of {shown}")
-    if offset % alignment or offset > MAX_BYTES:
-        cursor.fail(f"offset of {shown}", f"{offset} is not aligned to {alignment}")
     return Tensor(name, tensor_type, shape, offset, tensor_type.size_bytes(elements))
+
+
+def _read_dimension(cursor: _Cursor, tensor: str) -> int:
+    dimension: int = cursor.scalar("q", f"shape of {tensor}")
+    if dimension <= 0:
+        cursor.fail(f"shape of {tensor}", f"{dimension} is not positive")
+    return dimension
 
 
 def _check_names(path: Path, tensors: tuple[Tensor, ...]) -> None:
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
-            raise ModelError(f'{path}: the tensor "{printable(tensor.name)}" stands twice.')
+            _fail(path, f'The tensor "{_shown(tensor.name)}" stands twice.')
         seen.add(tensor.name)
 
 
 def _check_data(path: Path, tensors: tuple[Tensor, ...], data_bytes: int) -> None:
-    end = 0
-    for tensor in sorted(tensors, key=lambda t: t.offset):
-        if tensor.offset < end:
-            raise ModelError(f'{path}: the data of tensor "{printable(tensor.name)}" overlaps another\'s.')
-        end = tensor.offset + tensor.size_bytes
-    if end > data_bytes:
+    needed = tensors[-1].offset + tensors[-1].size_bytes if tensors else 0
+    if needed > max(data_bytes, 0):
         raise ModelError(
             f"{path} is incomplete.",
-            why=f"Its tensors need {end:,} bytes of data, and {max(data_bytes, 0):,} are there.",
+            why=f"Its tensors need {needed:,} bytes of data, and {max(data_bytes, 0):,} are there.",
             remedy="Download it again.",
         )
 
 
+def _padded(size_bytes: int, alignment: int) -> int:
+    return -(-size_bytes // alignment) * alignment
+
+
+def _shown(name: str) -> str:
+    """A name from a file, as it may stand in a message."""
+    return printable(name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "…")
+
+
+def _fail(path: Path, why: str) -> NoReturn:
+    raise ModelError(
+        f"{path} is not a sound GGUF file.",
+        why=why,
+        remedy="Download it again, from the model's own publisher.",
+    )
+
+
 class _Cursor:
-    """Reads forward through a stream, keeping what it has read, never past `limit` bytes."""
+    """Reads forward through a stream, keeping a chunk of it, never past `limit` bytes."""
 
     def __init__(self, file: BinaryIO, path: Path, limit: int) -> None:
         self._file = file
         self._path = path
         self._limit = limit
-        self._buffer = bytearray()
-        self.position = 0
+        self._text_bytes = 0
+        self._chunk = b""
+        self._chunk_start = 0  # in the file
+        self._next = 0  # in the chunk
+        self._field_start = 0  # of the field that was read last
 
-    @classmethod
-    def over(cls, data: bytes) -> _Cursor:
-        import io
-
-        return cls(io.BytesIO(data), Path(os.devnull), len(data))
+    @property
+    def position(self) -> int:
+        return self._chunk_start + self._next
 
     def fail(self, field: str, why: str) -> NoReturn:
-        raise ModelError(
-            f"{self._path} is not a sound GGUF file.",
-            why=f"{field} at byte {self.position}: {why}.",
-            remedy="Download it again, from the model's own publisher.",
-        )
+        _fail(self._path, f"{field} at byte {self._field_start}: {why}.")
 
-    def _need(self, count: int, field: str) -> None:
-        end = self.position + count
-        if end > self._limit:
-            self.fail(field, "the file ends within it")
-        while len(self._buffer) < end:
-            chunk = self._file.read(max(CHUNK_BYTES, end - len(self._buffer)))
-            if not chunk:
+    def _check_room(self, count: int, field: str) -> None:
+        self._field_start = self.position
+        if count > self._limit - self.position:
+            too_large = f"the header is larger than {MAX_HEADER_BYTES} bytes"
+            self.fail(field, too_large if self._limit == MAX_HEADER_BYTES else "the file ends within it")
+
+    def _fill(self, count: int, field: str) -> None:
+        """Brings the next `count` bytes into the chunk."""
+        self._check_room(count, field)
+        while len(self._chunk) - self._next < count:
+            missing = count - (len(self._chunk) - self._next)
+            more = self._file.read(max(CHUNK_BYTES, missing))
+            if not more:
                 self.fail(field, "the file ends within it")
-            self._buffer += chunk
-
-    def skip(self, count: int, field: str) -> None:
-        self._need(count, field)
-        self.position += count
-
-    def slice(self, start: int) -> bytes:
-        return bytes(self._buffer[start : self.position])
+            self._chunk_start = self.position
+            self._chunk, self._next = self._chunk[self._next :] + more, 0
 
     def take(self, count: int, field: str) -> bytes:
-        start = self.position
-        if start == 0 and self._limit < count:
-            return self._file.read(self._limit)
-        self.skip(count, field)
-        return self.slice(start)
+        self._fill(count, field)
+        self._next += count
+        return self._chunk[self._next - count : self._next]
 
     def scalar(self, code: str, field: str) -> Any:
         size = struct.calcsize(code)
-        self._need(size, field)
-        value = struct.unpack_from("<" + code, self._buffer, self.position)[0]
-        self.position += size
-        return value
+        self._fill(size, field)
+        self._next += size
+        return struct.unpack_from("<" + code, self._chunk, self._next - size)[0]
 
     def count(self, field: str, limit: int) -> int:
         value: int = self.scalar("Q", field)
@@ -363,16 +414,52 @@ class _Cursor:
             self.fail(field, f"{value} is more than {limit}")
         return value
 
-    def string(self, field: str, limit: int = MAX_HEADER_BYTES) -> bytes:
-        return self.take(self.count(f"length of {field}", limit), field)
+    def text(self, field: str, limit: int) -> bytes:
+        length = self.count(f"length of {field}", limit)
+        self._text_bytes += length
+        if self._text_bytes > MAX_TEXT_BYTES:
+            self.fail(f"length of {field}", f"there are more than {MAX_TEXT_BYTES} bytes of text up to here")
+        return self.take(length, field)
 
-    def skip_strings(self, count: int, field: str) -> None:
-        """Steps over `count` strings; 8 bytes of length each bound the count before the walk begins."""
-        if count * 8 > self._limit - self.position:
-            self.fail(f"length of {field}", f"{count} strings are longer than the file")
-        unpack = struct.Struct("<Q").unpack_from
-        for _ in range(count):
-            self._need(8, field)
-            (length,) = unpack(self._buffer, self.position)
-            self.position += 8
-            self.skip(length, field)
+    def name(self, field: str, limit: int) -> str:
+        data = self.text(field, limit)
+        if not data:
+            self.fail(field, "it is empty")
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            self.fail(field, f'"{_shown(data.decode("utf-8", "replace"))}" is not UTF-8')
+
+    def block(self, count: int, field: str) -> bytes:
+        """`count` bytes, which may be many."""
+        kept = io.BytesIO()
+        self._copy(count, kept, field)
+        return kept.getvalue()
+
+    def strings(self, count: int, field: str) -> bytes:
+        """`count` strings with their lengths, as they stand in the file."""
+        self._check_room(8 * count, field)
+        kept = io.BytesIO()
+        while count:
+            self._fill(8, field)
+            number, end = _walk(self._chunk, self._next, count)
+            self._copy(end - self._next, kept, field)
+            count -= number
+        return kept.getvalue()
+
+    def _copy(self, count: int, target: io.BytesIO, field: str) -> None:
+        self._check_room(count, field)
+        while count:
+            self._fill(1, field)
+            count -= target.write(self.take(min(count, len(self._chunk) - self._next), field))
+
+
+def _walk(chunk: bytes, position: int, count: int) -> tuple[int, int]:
+    """Steps over at most `count` strings whose lengths are in the chunk: how many they are, and where the last ends."""
+    last = len(chunk) - 8
+    for number in range(count):
+        if position > last:
+            return number, position
+        (length,) = _unpack_length(chunk, position)
+        position += 8 + length
+    return count, position

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pyllamarun.errors import ModelError
 from pyllamarun.models.gguf import (
     ARRAY,
     DEFAULT_ALIGNMENT,
@@ -28,6 +29,7 @@ from pyllamarun.models.gguf import (
 )
 from pyllamarun.models.types import TENSOR_TYPES, TensorType
 
+MAX_VOCABULARY = 1 << 22
 _TYPE_NUMBERS = {tensor_type.name: number for number, tensor_type in TENSOR_TYPES.items()}
 
 
@@ -87,10 +89,11 @@ def fingerprint(header: Header) -> str:
 
 
 def _vocabulary_size(header: Header) -> int:
-    if header.vocabulary_size:
-        return header.vocabulary_size
     embedding = next((t for t in header.tensors if t.name == "token_embd.weight"), None)
-    return embedding.shape[-1] if embedding else 0
+    size = header.vocabulary_size or (embedding.shape[-1] if embedding else 0)
+    if size > MAX_VOCABULARY:  # llama.cpp would allocate it, token by token
+        raise ModelError(f"{header.path} claims a vocabulary of {size:,} tokens, more than {MAX_VOCABULARY:,}.")
+    return size
 
 
 def write_sparse(

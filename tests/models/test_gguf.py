@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import random
-import struct
+import io
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import synthetic
+from hostile import (
+    ARR,
+    BOOL,
+    ESCAPES,
+    F32,
+    FAULTS,
+    I32,
+    SOUND,
+    STR,
+    U8,
+    array,
+    drives_no_terminal,
+    gguf_file,
+    integers,
+    key,
+    no_file,
+    part,
+    string,
+    tensor,
+)
 
-from pyllamarun.errors import ModelError, PyllamarunError, UsageError
-from pyllamarun.models.gguf import Array, read_header
+from pyllamarun.errors import ModelError, UsageError
+from pyllamarun.models.gguf import MAX_HEADER_BYTES, MAX_TEXT_BYTES, Array, parse_header, read_header
 from pyllamarun.models.types import TENSOR_TYPES
 from pyllamarun.run.binaries import Binaries
 
@@ -31,10 +49,10 @@ def test_reads_what_the_gguf_package_reads(architecture: str, tiny: Callable[[st
         assert ours.shape == tuple(int(n) for n in theirs.shape)
         assert ours.size_bytes == theirs.n_bytes
         assert ours.offset == theirs.data_offset - oracle.data_offset
-    for key, field in oracle.fields.items():
-        if key.startswith("GGUF."):
+    for name, field in oracle.fields.items():
+        if name.startswith("GGUF."):
             continue
-        data = header.metadata[key].data
+        data = header.metadata[name].data
         value = data.values() if isinstance(data, Array) else data
         assert value == pytest.approx(field.contents()) if isinstance(value, float) else value == field.contents()
 
@@ -74,118 +92,182 @@ def test_a_split_model_is_found_whole(tiny: Callable[[str], Path], binaries: Bin
         read_header(parts[0])
 
 
-def encoded_string(text: bytes) -> bytes:
-    return struct.pack("<Q", len(text)) + text
+def write_parts(folder: Path, *contents: bytes) -> Path:
+    """Writes the parts of a split model under the names that they should have, and returns the first."""
+    paths = [folder / f"m-{number:05d}-of-{len(contents):05d}.gguf" for number in range(1, len(contents) + 1)]
+    for path, content in zip(paths, contents):
+        path.write_bytes(content)
+    return paths[0]
 
 
-def file_of(
-    *, magic: bytes = b"GGUF", version: int = 3, tensors: int = 0, keys: int = 0, body: bytes = b"", data: int = 0
-) -> bytes:
-    head = magic + struct.pack("<IQQ", version, tensors, keys) + body
-    return head + b"\0" * (-len(head) % 32) + b"\0" * data
-
-
-def key(name: bytes, kind: int, value: bytes) -> bytes:
-    return encoded_string(name) + struct.pack("<I", kind) + value
-
-
-def tensor(name: bytes = b"t", shape: tuple[int, ...] = (32,), kind: int = 0, offset: int = 0) -> bytes:
-    return encoded_string(name) + struct.pack(f"<I{len(shape)}qIQ", len(shape), *shape, kind, offset)
-
-
-HOSTILE = {
-    "empty": b"",
-    "another format": b"PK\x03\x04" + b"\0" * 60,
-    "version 1": file_of(version=1),
-    "version 4": file_of(version=4),
-    "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
-    "2^64-1 keys": file_of(keys=2**64 - 1),
-    "2^64-1 tensors": file_of(tensors=2**64 - 1),
-    "a key longer than the file": file_of(keys=1, body=struct.pack("<Q", 2**40)),
-    "a string longer than the file": file_of(keys=1, body=key(b"k", 8, struct.pack("<Q", 2**63))),
-    "an empty key": file_of(keys=1, body=key(b"", 4, b"\0" * 4)),
-    "a key twice": file_of(keys=2, body=key(b"k", 4, b"\0" * 4) * 2),
-    "an unknown value type": file_of(keys=1, body=key(b"k", 13, b"\0" * 8)),
-    "an array length that overflows": file_of(keys=1, body=key(b"k", 9, struct.pack("<IQ", 10, 2**61))),
-    "an array of strings that ends early": file_of(keys=1, body=key(b"k", 9, struct.pack("<IQ", 8, 2**60))),
-    "an array of arrays": file_of(keys=1, body=key(b"k", 9, struct.pack("<IQ", 9, 1))),
-    "alignment 0": file_of(keys=1, body=key(b"general.alignment", 4, struct.pack("<I", 0))),
-    "alignment 48": file_of(keys=1, body=key(b"general.alignment", 4, struct.pack("<I", 48))),
-    "alignment as a string": file_of(keys=1, body=key(b"general.alignment", 8, encoded_string(b"32"))),
-    "no dimensions": file_of(tensors=1, body=tensor(shape=())),
-    "five dimensions": file_of(tensors=1, body=tensor(shape=(1,) * 5)),
-    "a dimension of 0": file_of(tensors=1, body=tensor(shape=(32, 0))),
-    "a negative dimension": file_of(tensors=1, body=tensor(shape=(-32,))),
-    "dimensions that overflow": file_of(tensors=1, body=tensor(shape=(2**31, 2**31, 2**31))),
-    "a row that is no multiple of its block": file_of(tensors=1, body=tensor(shape=(33,), kind=2)),
-    "an unknown tensor type": file_of(tensors=1, body=tensor(kind=99)),
-    "a removed tensor type": file_of(tensors=1, body=tensor(kind=4)),
-    "a tensor name of 64 bytes": file_of(tensors=1, body=tensor(name=b"x" * 64), data=128),
-    "an empty tensor name": file_of(tensors=1, body=tensor(name=b""), data=128),
-    "a tensor name twice": file_of(tensors=2, body=tensor() + tensor(offset=128), data=256),
-    "an unaligned offset": file_of(tensors=1, body=tensor(offset=8), data=256),
-    "an offset past the end": file_of(tensors=1, body=tensor(offset=1 << 20), data=128),
-    "overlapping tensors": file_of(tensors=2, body=tensor(b"a") + tensor(b"b", offset=64), data=512),
-    "data that is missing": file_of(tensors=1, body=tensor(), data=127),
+TWO_PARTS = [part(0, 2, tensor("a"), announced=2), part(1, 2, tensor("b"), announced=2)]
+SPLITS = {
+    "the second twice": ([part(0, 3, tensor("a"), announced=3), *[part(1, 3, tensor("b"), announced=3)] * 2], "is not"),
+    "reordered": ([TWO_PARTS[1], TWO_PARTS[0]], "not the first part"),
+    "reordered behind the first": (
+        [part(0, 3, tensor("a"), announced=3), part(2, 3, tensor("c"), announced=3), part(1, 3, announced=3)],
+        "is not part 2 of 3",
+    ),
+    "of another count": ([TWO_PARTS[0], part(1, 3, tensor("b"), announced=2)], "is not part 2 of 2"),
+    "not a part": ([TWO_PARTS[0], SOUND], "is not part 2 of 2"),
+    "of another model, with the same tensors": ([TWO_PARTS[0], part(1, 2, tensor("a"), announced=2)], "stands twice"),
+    "of another model, with more tensors": (
+        [TWO_PARTS[0], part(1, 2, tensor("b"), tensor("c", offset=128), announced=2)],
+        "hold 3 tensors, and the first announces 2",
+    ),
+    "with a fault": ([TWO_PARTS[0], part(1, 2, tensor("b", kind=99), announced=2)], "99 is no tensor type"),
+    "empty": ([TWO_PARTS[0], b""], "It is empty"),
 }
 
 
-@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_files_are_one_clear_error(content: bytes, tmp_path: Path) -> None:
+def test_two_parts_make_a_model(tmp_path: Path) -> None:
+    assert [t.name for t in read_header(write_parts(tmp_path, *TWO_PARTS)).tensors] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("contents", "expected"), SPLITS.values(), ids=SPLITS)
+def test_parts_that_do_not_belong_together_are_an_error(contents: list[bytes], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=expected):
+        read_header(write_parts(tmp_path, *contents))
+
+
+def test_a_part_under_another_name_is_an_error(tmp_path: Path) -> None:
+    renamed = write_parts(tmp_path, *TWO_PARTS).rename(tmp_path / "first.gguf")
+    with pytest.raises(ModelError, match=r"does not end in -00001-of-00002\.gguf"):
+        read_header(renamed)
+
+
+def test_a_missing_part_is_named_however_many_are_claimed(tmp_path: Path) -> None:
+    path = tmp_path / "m-00001-of-65535.gguf"
+    path.write_bytes(part(0, 65535, announced=0))
+    with pytest.raises(UsageError, match="m-00002-of-65535"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(("content", "expected"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_one_error_that_says_what_and_where(content: bytes, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "hostile.gguf"
     path.write_bytes(content)
     with pytest.raises(ModelError) as caught:
         read_header(path)
-    assert str(path) in str(caught.value)
-    assert caught.value.exit_code == 4
+    assert re.search(expected, str(caught.value))
+    assert str(path) in caught.value.what
+    assert len(str(caught.value)) < 500 + len(str(path))
+    assert drives_no_terminal(str(caught.value))
 
 
-def test_the_hostile_files_differ_from_a_sound_one_only_in_their_fault(tmp_path: Path) -> None:
+def test_the_faulty_files_differ_from_a_sound_one_only_in_their_fault(tmp_path: Path) -> None:
     path = tmp_path / "sound.gguf"
-    path.write_bytes(
-        file_of(tensors=2, keys=1, body=key(b"k", 4, b"\0" * 4) + tensor() + tensor(b"u", offset=128), data=256)
-    )
-    assert len(read_header(path).tensors) == 2
+    path.write_bytes(SOUND)
+    assert [(t.name, t.offset, t.size_bytes) for t in read_header(path).tensors] == [("a", 0, 128), ("b", 128, 128)]
 
 
-def test_control_characters_in_names_are_not_printed(tmp_path: Path) -> None:
-    path = tmp_path / "escape.gguf"
-    path.write_bytes(file_of(tensors=1, body=tensor(name=b"\x1b[2J", kind=99)))
-    with pytest.raises(ModelError) as caught:
-        read_header(path)
-    assert "\x1b" not in str(caught.value)
+def test_a_header_without_tensors_may_end_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    path.write_bytes(gguf_file(key("k", STR, string("")))[: 69 + 9 + 4 + 8])
+    assert read_header(path).tensors == ()
 
 
-def test_a_file_cut_anywhere_is_an_error(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    content = tiny("mamba").read_bytes()
-    path = tmp_path / "cut.gguf"
-    step = random.Random(0)
-    for size in [*range(64), *sorted(step.sample(range(64, len(content)), 150)), len(content) - 1]:
-        path.write_bytes(content[:size])
+LONG = {
+    "a string": gguf_file(key("k", STR, integers("Q", MAX_TEXT_BYTES))),
+    "strings": gguf_file(*[key(f"{i}", STR, string("x" * (MAX_TEXT_BYTES // 8))) for i in range(9)]),
+    "keys": gguf_file(*[key(f"{i:060000d}", BOOL, b"\0") for i in range(MAX_TEXT_BYTES // 60_000 + 1)]),
+}
+
+
+@pytest.mark.parametrize("content", LONG.values(), ids=LONG)
+def test_text_is_bounded(content: bytes) -> None:
+    with pytest.raises(ModelError, match="more than 8388608 bytes of text"):
+        parse_header(io.BytesIO(content), Path("x"), 1 << 40)
+
+
+def test_a_header_is_bounded() -> None:
+    content = gguf_file(key("k", ARR, array(U8, MAX_HEADER_BYTES)))
+    with pytest.raises(ModelError, match="larger than 67108864 bytes"):
+        parse_header(io.BytesIO(content), Path("x"), 1 << 40)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_stream_may_trickle(size: int) -> None:
+    class Trickle(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            return super().read(size)
+
+    content = gguf_file(key("k", ARR, array(STR, 3, string("äöü") * 3)), tensors=(tensor(),), data=128)
+    header = parse_header(Trickle(content), Path("x"), len(content))
+    assert header == parse_header(io.BytesIO(content), Path("x"), len(content))
+    assert header.metadata["k"].data.values() == ["äöü"] * 3
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error() -> None:
+    for size in range(len(SOUND) - 256 - 32):
         with pytest.raises(ModelError):
-            read_header(path)
+            parse_header(io.BytesIO(SOUND[:size]), Path("x"), len(SOUND))
 
 
-def test_a_file_with_flipped_bytes_is_read_or_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    content = np.frombuffer(tiny("llama").read_bytes(), dtype=np.uint8)
-    generator = np.random.default_rng(0)
-    path = tmp_path / "flipped.gguf"
-    for _ in range(300):
-        mutated = content.copy()
-        mutated[generator.integers(0, 12_000, 4)] = generator.integers(0, 256, 4)
-        path.write_bytes(mutated.tobytes())
-        try:
-            read_header(path)
-        except PyllamarunError:
-            pass
+def test_names_from_a_file_are_printable_and_short(tmp_path: Path) -> None:
+    path = tmp_path / "escape.gguf"
+    path.write_bytes(gguf_file(key("general.name", STR, string(ESCAPES * 1000))))
+    assert read_header(path).name.isprintable()
+    assert len(read_header(path).name) < 200
+    path.write_bytes(gguf_file())
+    assert read_header(path.rename(tmp_path / f"{ESCAPES}.gguf")).name.isprintable()
 
 
-@pytest.mark.parametrize("kind", ["folder", "fifo", "missing"])
+READ_KEYS = [
+    "general.name",
+    "general.file_type",
+    "split.count",
+    "split.no",
+    "block_count",
+    "context_length",
+    "vocab_size",
+]
+ODD_VALUES = {
+    "string": (STR, string("7")),
+    "negative": (I32, integers("i", -7)),
+    "array": (ARR, array(U8, 1, b"7")),
+    "float": (F32, integers("f", 7)),
+}
+
+
+@pytest.mark.parametrize(("kind", "value"), ODD_VALUES.values(), ids=ODD_VALUES)
+@pytest.mark.parametrize("name", READ_KEYS)
+@pytest.mark.parametrize("prefix", ["", "llama."])
+def test_odd_values_are_refused_or_passed_over(prefix: str, name: str, kind: int, value: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(gguf_file(key(prefix + name, kind, value)))
+    try:
+        header = read_header(path)
+    except ModelError:
+        return
+    assert (header.architecture, header.file_type, header.layers) == ("llama", "", 0)
+    assert header.name in ("odd", "7")
+    assert (header.trained_context_tokens, header.vocabulary_size) == (0, 0)
+
+
+def test_values_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.gguf"
+    tokens = key("tokenizer.ggml.tokens", ARR, array(STR, 2, string(b"\xff") + string("b")))
+    path.write_bytes(gguf_file(key("general.name", STR, string(b"caf\xe9")), tokens))
+    header = read_header(path)
+    assert header.name == "caf\ufffd"
+    assert header.metadata["tokenizer.ggml.tokens"].data.values() == ["\ufffd", "b"]
+
+
+NO_FILES = ["folder", "fifo", "socket", "device", "missing", "loop", "too long"]
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_regular_file_is_a_usage_error(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
     with pytest.raises(UsageError):
-        read_header(path)
+        read_header(no_file(kind, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
+def test_a_part_that_is_no_regular_file_is_a_usage_error(kind: str, tmp_path: Path) -> None:
+    first = write_parts(tmp_path, *TWO_PARTS)
+    second = first.with_name("m-00002-of-00002.gguf")
+    second.unlink()
+    no_file(kind, tmp_path).rename(second)
+    with pytest.raises(UsageError):
+        read_header(first)

@@ -1,0 +1,106 @@
+"""Model files from strangers, through the installed command: an exit code and a sentence, never a traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import run_cli
+from hostile import ESCAPES, FAULTS, drives_no_terminal, no_file
+
+from pyllamarun.models.gguf import STRING, UINT32, Value, read_header
+from pyllamarun.models.skeleton import MAX_VOCABULARY, write_sparse
+
+COMMANDS = {
+    "plan": ("plan", "{}", "--virtual-gpu", "4GiB"),
+    "quantize": ("quantize", "{}", "Q2_K", "--dry-run"),
+}
+SAMPLE = ["empty", "2^64-1 keys", "the name as an array", "overlapping tensors", "escapes in a tensor's name"]
+Variant = Callable[..., Path]
+
+
+def argv_of(command: str, path: Path) -> list[str]:
+    return [word.format(path) for word in COMMANDS[command]]
+
+
+def assert_refused(argv: list[str], exit_code: int) -> None:
+    """In words and in JSON, fit for a terminal, and as an error that was foreseen."""
+    result = run_cli(*argv, timeout=60)
+    assert (result.returncode, result.stdout) == (exit_code, ""), result.stderr
+    assert drives_no_terminal(result.stderr)
+    assert "Traceback" not in result.stderr
+    result = run_cli(*argv, "--json", timeout=60)
+    assert drives_no_terminal(result.stdout)
+    assert json.loads(result.stdout)["error"]["exit_code"] == result.returncode == exit_code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("fault", SAMPLE)
+def test_a_fault_is_told(fault: str, command: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(FAULTS[fault][0])
+    assert_refused(argv_of(command, path), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in SAMPLE])
+def test_every_fault_is_told(fault: str, command: str, tmp_path: Path) -> None:
+    test_a_fault_is_told(fault, command, tmp_path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_file_is_told(kind: str, command: str, tmp_path: Path) -> None:
+    assert_refused(argv_of(command, no_file(kind, tmp_path)), 2)
+
+
+@pytest.fixture
+def variant(tiny: Callable[[str], Path], tmp_path: Path) -> Variant:
+    """A sound little model with other metadata (None leaves a key out), or another name for its first tensor."""
+
+    def write(*, first_tensor: str = "", **changes: Value | None) -> Path:
+        header = read_header(tiny("llama"))
+        changed = dict(header.metadata) | {key.replace("__", "."): value for key, value in changes.items()}
+        metadata = {key: value for key, value in changed.items() if value is not None}
+        tensors = [(tensor.name, tensor.type, tensor.shape) for tensor in header.tensors]
+        if first_tensor:
+            tensors[0] = (first_tensor, *tensors[0][1:])
+        return write_sparse(tmp_path / "model.gguf", metadata, tensors)
+
+    return write
+
+
+def test_a_models_name_cannot_drive_the_terminal(variant: Variant) -> None:
+    argv = argv_of("plan", variant(general__name=Value(STRING, ESCAPES)))
+    for more in ([], ["--json"], ["--dry-run"]):
+        result = run_cli(*argv, *more)
+        assert result.returncode == 0, result.stderr
+        assert drives_no_terminal(result.stdout + result.stderr)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"general__architecture": Value(STRING, ESCAPES)}, {"first_tensor": ESCAPES}],
+    ids=["architecture", "tensor"],
+)
+def test_what_llama_cpp_says_of_a_name_cannot_either(changes: dict[str, Any], variant: Variant) -> None:
+    assert_refused(argv_of("plan", variant(**changes)), 2)
+
+
+def test_a_chat_template_is_never_rendered(variant: Variant) -> None:
+    template = "{% for i in range(10**12) %}{{ ''.__class__.__mro__[1].__subclasses__() }}{% endfor %}"
+    path = variant(tokenizer__chat_template=Value(STRING, template))
+    for command in COMMANDS:
+        result = run_cli(*argv_of(command, path), timeout=30)
+        assert result.returncode == 0, result.stderr
+        assert "__class__" not in result.stdout + result.stderr
+
+
+def test_a_vocabulary_that_is_only_claimed_is_not_allocated(variant: Variant) -> None:
+    """llama.cpp would make up so many tokens, of 40 bytes and more each."""
+    size = Value(UINT32, MAX_VOCABULARY + 1)
+    assert_refused(argv_of("plan", variant(tokenizer__ggml__tokens=None, llama__vocab_size=size)), 4)
