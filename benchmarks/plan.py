@@ -25,6 +25,7 @@ from pyllamarun.models.gguf import read_header
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import find_binaries
+from pyllamarun.run.stage import virtual_stage
 from pyllamarun.units import GIB
 
 RUNS = 9
@@ -41,7 +42,8 @@ def seconds_of_plan(model: Path) -> float:
 def seconds_of_questions(model: Path, skeleton: Path) -> tuple[list[float], list[float]]:
     """Of the model and of its skeleton, asked alternately of one warm probe."""
     seconds: dict[Path, list[float]] = {model: [], skeleton: []}
-    with open_probe(find_binaries(), [VirtualGpu(12 * GIB)]) as probe:
+    binaries = find_binaries()
+    with virtual_stage(binaries, [VirtualGpu(12 * GIB)]) as stage, open_probe(binaries, stage) as probe:
         for path in (model, skeleton):
             probe.ask(["-m", str(path), "-c", "4096"])
         for _ in range(RUNS):

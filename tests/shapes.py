@@ -81,12 +81,47 @@ def llama_8b_f16(layers: int = 2) -> Spec:
     return spec
 
 
+def qwen3_32b(layers: int = 2) -> Spec:
+    spec = Spec("qwen3", n_layer=layers, n_embd=5120, n_ff=25600, n_head=64, n_head_kv=8, head_dim=128)
+    common(spec, n_vocab=N_VOCAB)
+    for i in range(spec.n_layer):
+        attention(spec, i, norms=True)
+        feed_forward(spec, i)
+    return quantized(spec)
+
+
+def gpt_oss_120b(layers: int = 2) -> Spec:
+    """Every second layer attends to the last 128 tokens only."""
+    spec = Spec("gpt-oss", n_layer=layers, n_embd=2880, n_ff=2880, n_head=64, n_head_kv=8, head_dim=64)
+    common(spec, n_vocab=N_VOCAB)
+    count, width = 128, 2880
+    spec.metadata |= {
+        "attention.sliding_window": 128,
+        "expert_count": count,
+        "expert_used_count": 4,
+        "expert_feed_forward_length": width,
+    }
+    for i in range(spec.n_layer):
+        attention(spec, i, bias=True)
+        spec.block(i, "attn_output.bias", spec.n_embd)
+        spec.block(i, "post_attention_norm.weight", spec.n_embd)
+        spec.block(i, "attn_sinks.weight", spec.n_head)
+        experts(spec, i, count, width, type="MXFP4")
+        spec.block(i, "ffn_gate_inp.bias", count)
+        spec.block(i, "ffn_gate_exps.bias", width, count, type="F32")
+        spec.block(i, "ffn_up_exps.bias", width, count, type="F32")
+        spec.block(i, "ffn_down_exps.bias", spec.n_embd, count, type="F32")
+    return spec
+
+
 SHAPES: dict[str, Callable[..., Spec]] = {
     "llama-8b": llama_8b,
     "llama-8b-f16": llama_8b_f16,
     "mixtral-8x7b": mixtral_8x7b,
     "qwen3-30b-a3b": qwen3_30b_a3b,
     "gemma3-12b": gemma3_12b,
+    "qwen3-32b": qwen3_32b,
+    "gpt-oss-120b": gpt_oss_120b,
 }
 
 
