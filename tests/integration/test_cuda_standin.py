@@ -196,6 +196,16 @@ def test_nvml_shows_cards_and_processes(binaries: Binaries, tiny: Callable[[str]
         assert (gpu["pcie_generation"], gpu["pcie_width"]) == (4, 16)
 
 
+def test_nvml_that_is_absent(binaries: Binaries) -> None:
+    """Only the CUDA libraries are there, as in a container without the driver's utilities."""
+    with standin(binaries, "RTX 3060") as machine:
+        (Path(machine.environment["LD_LIBRARY_PATH"]) / "libnvidia-ml.so.1").unlink()
+        found = survey(machine)
+    if found["gpus"]:
+        pytest.skip("an NVIDIA driver is here")
+    assert found["problem"] == "no NVIDIA driver is installed"
+
+
 def test_nvml_that_fails(binaries: Binaries) -> None:
     with standin(binaries, "RTX 3060") as machine:
         (gpu,) = survey(machine, PYLLAMARUN_STANDIN_FAIL="nvml=na")["gpus"]
