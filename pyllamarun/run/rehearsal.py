@@ -21,7 +21,7 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.models.skeleton import fingerprint
 from pyllamarun.plan.plan import DevicePlan, Plan
 from pyllamarun.plan.probe import Answer, Device, Scratch
-from pyllamarun.plan.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value
+from pyllamarun.plan.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value, has_option
 from pyllamarun.run.binaries import Build
 from pyllamarun.run.server import Running, Server, ready_server
 from pyllamarun.run.stage import ON_STANDIN, Stage, Usage
@@ -30,6 +30,7 @@ PROMPT_SECONDS = 3600.0
 ENDING_SECONDS = 10.0  # for a server that has failed a prompt to be gone
 MEASURE_SECONDS = 0.05
 UBATCH_PARTS = 16
+EMBEDDING = ("--embedding", "--embeddings", "--rerank", "--reranking")
 
 
 class Meter(Protocol):
@@ -99,7 +100,7 @@ def rehearse(
         lengths: list[int] = []
         for prompts in _prompts(plan):
             progress(" + ".join(f"{length:,}" for length in prompts) + " tokens")
-            _prompt(server, prompts)
+            _prompt(server, plan, prompts)
             lengths += prompts
         usages = meter.read()
     devices = [_compare(device, usage, stage) for device, usage in zip(plan.devices, usages, strict=True)]
@@ -140,11 +141,13 @@ def _prompts(plan: Plan) -> Iterator[list[int]]:
     """
     # server_context_impl::load_model caps a slot's context at what the model was trained for.
     longest = min(plan.slot_context_tokens, plan.trained_context_tokens or plan.slot_context_tokens) - 1
+    ubatch = int(fixed_value(plan.argv, "-ub", "--ubatch-size") or DEFAULT_UBATCH_TOKENS)
+    if has_option(plan.argv, *EMBEDDING):
+        longest = min(longest, ubatch)  # it has to be taken in at once
     yield [longest] * plan.slots
     if plan.worst_prompt_tokens:
         yield [min(plan.worst_prompt_tokens, longest)]
     yield [longest]
-    ubatch = int(fixed_value(plan.argv, "-ub", "--ubatch-size") or DEFAULT_UBATCH_TOKENS)
     for part in range(UBATCH_PARTS - 1, 0, -1):
         size = ubatch * part // UBATCH_PARTS
         if 0 < size < longest:
@@ -158,9 +161,9 @@ def _prompts(plan: Plan) -> Iterator[list[int]]:
         slots = min(2 * slots, plan.slots) if slots < plan.slots else slots + 1
 
 
-def _prompt(server: Server, lengths: Sequence[int]) -> None:
+def _prompt(server: Server, plan: Plan, lengths: Sequence[int]) -> None:
     """Sends prompts of so many tokens in one request, so that they are batched, and waits for a token from each."""
-    reason = _complete(server, [[0] * length for length in lengths])
+    reason = _complete(_request(server, plan, [[0] * length for length in lengths]))
     if not reason:
         return
     try:
@@ -170,11 +173,18 @@ def _prompt(server: Server, lengths: Sequence[int]) -> None:
     raise server.failure()
 
 
-def _complete(server: Server, prompts: Sequence[Sequence[int]]) -> str:
-    """The reason when it failed."""
-    body = {"prompt": prompts, "n_predict": 1, "cache_prompt": True}
+def _request(server: Server, plan: Plan, prompts: Sequence[Sequence[int]]) -> urllib.request.Request:
+    path, body = "/completion", {"prompt": prompts, "n_predict": 1, "cache_prompt": True}
+    if has_option(plan.argv, *EMBEDDING):
+        path, body = "/embeddings", {"content": prompts}
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server.url}/completion", json.dumps(body).encode(), headers)
+    if key := fixed_value(plan.argv, "--api-key"):
+        headers["Authorization"] = f"Bearer {key.partition(',')[0]}"
+    return urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
+
+
+def _complete(request: urllib.request.Request) -> str:
+    """The reason when it failed."""
     try:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(request, timeout=PROMPT_SECONDS) as answer:

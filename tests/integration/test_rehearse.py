@@ -117,6 +117,17 @@ def test_a_plan_rests_on_a_rehearsal_of_it(header_70b: Path, tiny: Callable[[str
 
 
 @on_standin
+@pytest.mark.parametrize(
+    "options",
+    [["--embedding", "--pooling", "mean"], ["--embedding", "--pooling", "none"], ["--api-key", "secret,other"]],
+    ids=" ".join,
+)
+def test_servers_that_are_asked_otherwise(options: list[str], tiny: Callable[[str], Path]) -> None:
+    (gpu,) = rehearse(tiny("qwen3"), "--gpu", "RTX 3060", "--", *options)["devices"]
+    assert gpu["peak_bytes"] <= gpu["predicted_bytes"] <= 1.02 * gpu["peak_bytes"]
+
+
+@on_standin
 def test_a_budget_that_is_exceeded_is_exit_code_3(header_70b: Path) -> None:
     data = rehearse(
         header_70b, "--gpu", "RTX 3060", "--vram", "10GiB", "--force", "--", "-ngl", "20", exit_code=3
