@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +31,17 @@ MAX_NAME_BYTES = 63  # GGML_MAX_NAME - 1
 MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_BYTES = 1 << 62
+MAX_PARTS = 10_000
 MAX_HEADER_BYTES = 1 << 30
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20  # what is asked of a stream at once, where it is not known that more is needed
+SPLIT_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama_split_path
 
+# What stands in place of a model now and then, by how it begins.
+IMPOSTORS = {
+    b"version https://git-lfs": "It is a Git-LFS pointer: the line that stands for a file which was not fetched.",
+    b"<!doctype": "It is a web page.",
+    b"<html": "It is a web page.",
+}
 
 # enum gguf_type: number -> struct format, for the types of fixed size.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -75,11 +84,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself.  For a split model, `parts` are all its files and `tensors` those of all."""
+    """What a GGUF file says of itself.
+
+    For a split model, `parts` are all its files, `tensors` and `file_bytes` those of all.
+    """
 
     parts: tuple[Path, ...]
     metadata: Mapping[str, Value]
     tensors: tuple[Tensor, ...]
+    file_bytes: int
 
     @property
     def path(self) -> Path:
@@ -140,45 +153,54 @@ def read_header(path: Path) -> Header:
 
     Raises UsageError when there is no such file, and ModelError when it is not a sound GGUF file.
     """
-    first = _read_part(path)
+    return read_parts(path, _read_file)
+
+
+def read_parts(first_path: Path, read_part: Callable[[Path], Header], shown: Callable[[Path], str] = str) -> Header:
+    """The header of a model whose first part is named, from those of its parts, wherever `read_part` reads them.
+
+    `shown` is what messages call a part.  Raises ModelError, and what `read_part` raises.
+    """
+    first = read_part(first_path)
     count = first.get("split.count", 0)
     if not isinstance(count, int) or count <= 1:
         return first
-    if count > 10_000 or first.get("split.no", 0) != 0:
+    name = shown(first_path)
+    if count > MAX_PARTS or first.get("split.no", 0) != 0:
         raise ModelError(
-            f"{path} is not the first part of its split model.",
+            f"{name} is not the first part of its split model.",
             why=f"It says that it is part {first.get('split.no')} of {count}, counted from 0.",
             remedy="Name the first part; the others are found beside it.",
         )
-    parts = [first] + [_read_part(p) for p in _split_paths(path, count)[1:]]
+    parts = [first] + [read_part(path) for path in split_paths(first_path, count, name)[1:]]
     for number, part in enumerate(parts):
         if part.get("split.no") != number or part.get("split.count") != count:
             raise ModelError(
-                f"{part.path} is not part {number + 1} of {count} of {path}.",
+                f"{shown(part.path)} is not part {number + 1} of {count} of {name}.",
                 why=f"It says that it is part {part.get('split.no')} of {part.get('split.count')}, counted from 0.",
                 remedy="Download the parts again, all from one source, without renaming them.",
             )
     tensors = tuple(tensor for part in parts for tensor in part.tensors)
-    _check_names(path, tensors)
+    _check_names(name, tensors)
     announced = first.get("split.tensors.count", len(tensors))
     if announced != len(tensors):
-        raise ModelError(f"{path}: the parts hold {len(tensors)} tensors, and the first announces {announced}.")
-    return Header(tuple(part.path for part in parts), first.metadata, tensors)
+        raise ModelError(f"{name}: the parts hold {len(tensors)} tensors, and the first announces {announced}.")
+    return Header(tuple(part.path for part in parts), first.metadata, tensors, sum(part.file_bytes for part in parts))
 
 
-def _split_paths(first: Path, count: int) -> list[Path]:
+def split_paths(first: Path, count: int, shown: str) -> list[Path]:
     """The names that llama_split_path gives: NAME-00001-of-00003.gguf."""
     suffix = f"-00001-of-{count:05d}.gguf"
     if not first.name.endswith(suffix):
         raise ModelError(
-            f"{first} is the first of {count} parts, but its name does not end in {suffix}.",
+            f"{shown} is the first of {count} parts, but its name does not end in {suffix}.",
             remedy="Give the parts the names that they were published under.",
         )
     stem = first.name[: -len(suffix)]
     return [first.with_name(f"{stem}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
 
 
-def _read_part(path: Path) -> Header:
+def _read_file(path: Path) -> Header:
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -194,16 +216,17 @@ def _read_part(path: Path) -> Header:
         raise UsageError(f"{path} cannot be read.", why=error.strerror or str(error)) from None
 
 
-def parse_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
-    """Parses one file's header from a stream at its start; `file_bytes` is the size of the whole file."""
-    cursor = _Cursor(file, path, min(file_bytes, MAX_HEADER_BYTES))
+def parse_header(file: BinaryIO, path: Path, file_bytes: int, shown: str = "") -> Header:
+    """Parses one file's header from a stream at its start; `file_bytes` is the size of the whole file.
+
+    `path` is where it lies, and `shown` what messages call it instead.  It reads forward only, and asks for
+    CHUNK_BYTES at once, or more where it knows that the header has as much; a stream may give less.
+    """
+    shown = shown or str(path)
+    cursor = _Cursor(file, shown, min(file_bytes, MAX_HEADER_BYTES))
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
-        raise ModelError(
-            f"{path} is not a GGUF file.",
-            why=f"It begins with {magic!r} and not with {MAGIC!r}." if magic else "It is empty.",
-            remedy="Name a model in GGUF format; models in other formats must be converted first.",
-        )
+        raise _no_gguf(shown, magic, cursor.beginning(max(map(len, IMPOSTORS))))
     version = cursor.scalar("I", "version")
     if version not in VERSIONS:
         big_endian = int.from_bytes(struct.pack("<I", version), "big") in VERSIONS
@@ -215,10 +238,19 @@ def parse_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
         cursor.fail("general.alignment", f"{alignment!r} is not a power of two")
     tensors = tuple(_read_tensor(cursor, alignment) for _ in range(tensor_count))
-    _check_names(path, tensors)
+    _check_names(shown, tensors)
     data_start = -(-cursor.position // alignment) * alignment
-    _check_data(path, tensors, file_bytes - data_start)
-    return Header((path,), metadata, tensors)
+    _check_data(shown, tensors, file_bytes - data_start)
+    return Header((path,), metadata, tensors, file_bytes)
+
+
+def _no_gguf(shown: str, magic: bytes, beginning: bytes) -> ModelError:
+    why = f"It begins with {magic!r} and not with {MAGIC!r}." if magic else "It is empty."
+    remedy = "Name a model in GGUF format; models in other formats must be converted first."
+    for start, what in IMPOSTORS.items():
+        if beginning.lstrip().lower().startswith(start):
+            why, remedy = what, "Download the model itself, and check the address or path."
+    return ModelError(f"{shown} is not a GGUF file.", why=why, remedy=remedy)
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
@@ -281,23 +313,23 @@ def _read_tensor(cursor: _Cursor, alignment: int) -> Tensor:
     return Tensor(name, tensor_type, shape, offset, tensor_type.size_bytes(elements))
 
 
-def _check_names(path: Path, tensors: tuple[Tensor, ...]) -> None:
+def _check_names(shown: str, tensors: tuple[Tensor, ...]) -> None:
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
-            raise ModelError(f'{path}: the tensor "{printable(tensor.name)}" stands twice.')
+            raise ModelError(f'{shown}: the tensor "{printable(tensor.name)}" stands twice.')
         seen.add(tensor.name)
 
 
-def _check_data(path: Path, tensors: tuple[Tensor, ...], data_bytes: int) -> None:
+def _check_data(shown: str, tensors: tuple[Tensor, ...], data_bytes: int) -> None:
     end = 0
     for tensor in sorted(tensors, key=lambda t: t.offset):
         if tensor.offset < end:
-            raise ModelError(f'{path}: the data of tensor "{printable(tensor.name)}" overlaps another\'s.')
+            raise ModelError(f'{shown}: the data of tensor "{printable(tensor.name)}" overlaps another\'s.')
         end = tensor.offset + tensor.size_bytes
     if end > data_bytes:
         raise ModelError(
-            f"{path} is incomplete.",
+            f"{shown} is incomplete.",
             why=f"Its tensors need {end:,} bytes of data, and {max(data_bytes, 0):,} are there.",
             remedy="Download it again.",
         )
@@ -306,9 +338,9 @@ def _check_data(path: Path, tensors: tuple[Tensor, ...], data_bytes: int) -> Non
 class _Cursor:
     """Reads forward through a stream, keeping what it has read, never past `limit` bytes."""
 
-    def __init__(self, file: BinaryIO, path: Path, limit: int) -> None:
+    def __init__(self, file: BinaryIO, shown: str, limit: int) -> None:
         self._file = file
-        self._path = path
+        self._shown = shown
         self._limit = limit
         self._buffer = bytearray()
         self.position = 0
@@ -317,11 +349,11 @@ class _Cursor:
     def over(cls, data: bytes) -> _Cursor:
         import io
 
-        return cls(io.BytesIO(data), Path(os.devnull), len(data))
+        return cls(io.BytesIO(data), os.devnull, len(data))
 
     def fail(self, field: str, why: str) -> NoReturn:
         raise ModelError(
-            f"{self._path} is not a sound GGUF file.",
+            f"{self._shown} is not a sound GGUF file.",
             why=f"{field} at byte {self.position}: {why}.",
             remedy="Download it again, from the model's own publisher.",
         )
@@ -342,6 +374,10 @@ class _Cursor:
 
     def slice(self, start: int) -> bytes:
         return bytes(self._buffer[start : self.position])
+
+    def beginning(self, count: int) -> bytes:
+        """The first bytes of the stream, as far as they were read."""
+        return bytes(self._buffer[:count])
 
     def take(self, count: int, field: str) -> bytes:
         start = self.position
@@ -370,9 +406,13 @@ class _Cursor:
         """Steps over `count` strings; 8 bytes of length each bound the count before the walk begins."""
         if count * 8 > self._limit - self.position:
             self.fail(f"length of {field}", f"{count} strings are longer than the file")
+        self._need(count * 8, field)
         unpack = struct.Struct("<Q").unpack_from
-        for _ in range(count):
+        while count:
             self._need(8, field)
-            (length,) = unpack(self._buffer, self.position)
-            self.position += 8
-            self.skip(length, field)
+            position, buffer = self.position, self._buffer
+            last = len(buffer) - 8
+            while count and position <= last:  # a vocabulary has hundreds of thousands
+                position += 8 + unpack(buffer, position)[0]
+                count -= 1
+            self.skip(position - self.position, field)
