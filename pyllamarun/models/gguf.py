@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import stat
 import struct
 from collections.abc import Callable, Mapping
@@ -34,7 +33,6 @@ MAX_BYTES = 1 << 62
 MAX_PARTS = 10_000
 MAX_HEADER_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 20  # what is asked of a stream at once, where it is not known that more is needed
-SPLIT_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama_split_path
 
 # What stands in place of a model now and then, by how it begins.
 IMPOSTORS = {
@@ -68,10 +66,15 @@ class Array:
     raw: bytes
 
     def values(self) -> list[Any]:
+        return self.first(self.count)
+
+    def first(self, count: int) -> list[Any]:
+        """The first elements, at most so many."""
+        count = min(count, self.count)
         if self.element_type == STRING:
             cursor = _Cursor.over(self.raw)
-            return [cursor.string("array element").decode("utf-8", "replace") for _ in range(self.count)]
-        return list(struct.unpack(f"<{self.count}{SCALARS[self.element_type]}", self.raw))
+            return [cursor.string("array element").decode("utf-8", "replace") for _ in range(count)]
+        return list(struct.unpack_from(f"<{count}{SCALARS[self.element_type]}", self.raw))
 
 
 @dataclass(frozen=True)
