@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().setup()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         number = self.server.record(Request(self.path, dict(self.headers.items())))
         behaviours = self.server.routes.get(self.path.partition("?")[0], (refuse(404),))
         with contextlib.suppress(ConnectionError):
@@ -58,7 +58,9 @@ class Handler(BaseHTTPRequestHandler):
         """Status, headers (`None` leaves one out) and body, whatever they say of each other."""
         sent: dict[str, str | int | None] = {"Content-Length": len(body)}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-        lines = [f"HTTP/1.1 {status} Status"] + [f"{name}: {value}" for name, value in sent.items() if value is not None]
+        lines = [f"HTTP/1.1 {status} Status"] + [
+            f"{name}: {value}" for name, value in sent.items() if value is not None
+        ]
         self.write("\r\n".join([*lines, "", ""]).encode() + body)
 
     def write(self, data: bytes) -> None:

@@ -48,12 +48,8 @@ class Web:
     """One session with web servers: connections are kept open between requests."""
 
     def __init__(self, patience: Patience = Patience()) -> None:
-        import requests
-
         self.patience = patience
-        self._session = requests.Session()
-        for scheme in ("https://", "http://"):
-            self._session.mount(scheme, _adapter())
+        self._session = _session()
 
     def close(self) -> None:
         self._session.close()
@@ -143,9 +139,10 @@ class Web:
             raise Interrupted(f"The connection broke after {received:,} bytes") from None
 
 
-def _adapter() -> requests.adapters.HTTPAdapter:
+def _session() -> requests.Session:
     import socket
 
+    import requests
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection
 
@@ -155,7 +152,14 @@ def _adapter() -> requests.adapters.HTTPAdapter:
             options["socket_options"] = [*HTTPConnection.default_socket_options, buffer]
             super().init_poolmanager(*args, **options)
 
-    return SmallBuffers(max_retries=0)
+    class NoRedirects(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002
+            return None  # else it reads a redirect's body to its end, however long that is
+
+    session = NoRedirects()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, SmallBuffers(max_retries=0))
+    return session
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
