@@ -188,15 +188,16 @@ def is_loopback(host: str) -> bool:
 
 def check_url(url: str) -> None:
     """Raises UsageError for an address that nothing should be got from: plain http is for this machine alone."""
-    parts = urlsplit(url)
+    scheme, host, port = origin(url)
     remedy = "Write an address such as https://HOST/FOLDER/FILE.gguf."
-    if not parts.hostname or port_of(parts) is None:
+    if not host or port is None:
         raise UsageError("The address names no host.", remedy=remedy)
+    parts = urlsplit(url)
     if parts.username is not None or parts.password is not None:
         raise UsageError("An address with a user name or password in it is not used.", remedy=remedy)
-    if parts.scheme.lower() == "http" and not is_loopback(parts.hostname):
+    if scheme == "http" and not is_loopback(host):
         raise UsageError(
-            f"http://{parts.hostname} is not used: anybody on the way could change the model.",
+            f"http://{host} is not used: anybody on the way could change the model.",
             why="Plain http is for this machine alone.",
             remedy="Write https://; or download the file by other means, and name it by its path.",
         )

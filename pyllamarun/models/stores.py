@@ -122,7 +122,7 @@ def _files(store: str, folder: Path) -> list[Stored]:
 
 def _models(store: str, files: Mapping[str, Path], suffix: str = "") -> list[Stored]:
     """Files as models, the parts of a split as one."""
-    wanted = {part for name in files for part in part_names(name)}
+    wanted = {part for name in files if not is_later_part(name) for part in part_names(name)}
     models = []
     for name, path in files.items():
         if is_later_part(name):
