@@ -148,6 +148,24 @@ def test_the_hostile_files_differ_from_a_sound_one_only_in_their_fault(tmp_path:
     assert len(read_header(path).tensors) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "It is a Git-LFS pointer"),
+        (b"  <!DOCTYPE html><html></html>", "It is a web page"),
+        (b"<html>", "It is a web page"),
+        (b"no", "It begins with b'no'"),
+        (b"", "It is empty"),
+    ],
+)
+def test_what_stands_in_place_of_a_model_is_told(content: bytes, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        read_header(path)
+    assert why in caught.value.why
+
+
 def test_control_characters_in_names_are_not_printed(tmp_path: Path) -> None:
     path = tmp_path / "escape.gguf"
     path.write_bytes(file_of(tensors=1, body=tensor(name=b"\x1b[2J", kind=99)))
