@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from harness import Machine, run_cli
 
 from pyllamarun import paths
 from pyllamarun.models.catalog import Catalog
-from pyllamarun.models.gguf import FLOAT32, INT32, STRING, UINT32, Array, Header, Tensor, Value, read_header
+from pyllamarun.models.gguf import ARRAY, FLOAT32, INT32, STRING, UINT32, Array, Header, Tensor, Value, read_header
 from pyllamarun.models.skeleton import write_sparse
 from pyllamarun.models.stores import all_stored
 from pyllamarun.models.summary import ROLES, kv_bytes_by_layer, role, summarize
@@ -46,10 +47,10 @@ def header_of(architecture: str, metadata: dict[str, object], layers: int = 4) -
     """A header without tensors; the keys stand under the architecture's prefix."""
     values = {"general.architecture": Value(STRING, architecture)}
     for key, data in ({"block_count": layers, "embedding_length": 256} | metadata).items():
-        value = (
-            Array(INT32, len(data), b"".join(n.to_bytes(4, "little") for n in data)) if isinstance(data, list) else data
-        )
-        values[f"{architecture}.{key}"] = Value(9 if isinstance(data, list) else UINT32, value)
+        value = Value(UINT32, data)
+        if isinstance(data, list):
+            value = Value(ARRAY, Array(INT32, len(data), struct.pack(f"<{len(data)}i", *data)))
+        values[f"{architecture}.{key}"] = value
     return Header((Path("x.gguf"),), values, (), 0)
 
 
@@ -157,8 +158,8 @@ def test_nothing_from_a_file_drives_the_terminal_or_breaks_the_json(tmp_path: Pa
         "general.name": Value(STRING, evil),
         f"evil.{evil}": Value(STRING, evil * 1000),
         "evil.nan": Value(FLOAT32, float("nan")),
-        "evil.infinite": Value(9, Array(FLOAT32, 1, b"\x00\x00\x80\x7f")),
-        "evil.words": Value(9, Array(STRING, 1, len(evil.encode()).to_bytes(8, "little") + evil.encode())),
+        "evil.infinite": Value(ARRAY, Array(FLOAT32, 1, b"\x00\x00\x80\x7f")),
+        "evil.words": Value(ARRAY, Array(STRING, 1, len(evil.encode()).to_bytes(8, "little") + evil.encode())),
     }
     path = write_sparse(tmp_path / "evil.gguf", metadata, [(f"{evil}.weight", F32, (8,))])
     text, as_json = run_cli("inspect", path), run_cli("inspect", path, "--json")
@@ -234,7 +235,7 @@ def test_hundreds_of_models_are_listed_quickly_and_changes_are_seen(tmp_path: Pa
     words = b"".join((10).to_bytes(8, "little") + b"0123456789" for _ in range(100_000))
     metadata = {
         "general.architecture": Value(STRING, "llama"),
-        "tokenizer.ggml.tokens": Value(9, Array(STRING, 100_000, words)),
+        "tokenizer.ggml.tokens": Value(ARRAY, Array(STRING, 100_000, words)),
     }
     made = write_sparse(tmp_path / "made.gguf", metadata, [("t", F16, (4096, 4096))])
     folder = paths.models_folder()
