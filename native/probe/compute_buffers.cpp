@@ -21,6 +21,10 @@ struct KeepAssignments {
     ~KeepAssignments() { keeps_assignments = false; }
 };
 
+// A ubatch in the middle of a prompt has no output, and llama.cpp offers no way to reserve for that: it is asked for a
+// number of outputs that nothing else has, and where the tensor of that length is made, one of none is.
+constexpr uint32_t kNone = 1000003;
+
 template <typename Function>
 Function original(const char * name) {
     void * symbol = dlsym(RTLD_NEXT, name);
@@ -58,8 +62,17 @@ std::vector<Shape> reserved_shapes(const llama_context & context) {
     return {{tokens, sequences, outputs}, {sequences, sequences, sequences}, {tokens, last_sequences, outputs}};
 }
 
-// Token counts of the n-th of `count` ubatches to measure: the full one, of few ubatches ever fewer; and for the last
-// two also some that are a little smaller, where tensors that had fitted into each other's place no longer do.
+// Of few ubatches all, then ever fewer.
+bool is_sampled(size_t n) {
+    size_t step = 1;
+    while (step * 8 <= n) {
+        step *= 2;
+    }
+    return n % step == 0;
+}
+
+// Token counts of the n-th of `count` ubatches to measure: the full one, of those sampled; and for the last two also
+// some that are a little smaller, where tensors that had fitted into each other's place no longer do.
 std::vector<uint32_t> sampled_sizes(size_t n, size_t count, uint32_t n_ubatch) {
     if (n + 2 >= count) {
         std::vector<uint32_t> sizes{n_ubatch};
@@ -70,11 +83,7 @@ std::vector<uint32_t> sampled_sizes(size_t n, size_t count, uint32_t n_ubatch) {
         }
         return sizes;
     }
-    size_t step = 1;
-    while (step * 8 <= n) {
-        step *= 2;
-    }
-    return n % step == 0 ? std::vector<uint32_t>{n_ubatch} : std::vector<uint32_t>{};
+    return is_sampled(n) ? std::vector<uint32_t>{n_ubatch} : std::vector<uint32_t>{};
 }
 
 // Calls visit(shape, prompt_tokens, memory) for ubatches of the longest prompt that llama-server accepts, one token
@@ -105,6 +114,9 @@ void fill_a_slot(llama_context & context, const Visit & visit) {
                 const uint32_t outputs = params.embeddings ? tokens : 1;
                 visit(Shape{tokens, 1, outputs}, filled + tokens, memory.get());
             }
+            if (is_sampled(n) && filled + n_ubatch < longest && !params.embeddings) {
+                visit(Shape{n_ubatch, 1, kNone}, filled + n_ubatch + 1, memory.get());
+            }
             filled += n_ubatch;
             n++;
         } while (memory->next());
@@ -113,13 +125,19 @@ void fill_a_slot(llama_context & context, const Visit & visit) {
 
 }  // namespace
 
-// These two take the place of ggml's own functions for the libraries that call them: a program's symbols come first.
+// These three take the place of ggml's own functions for the libraries that call them: a program's symbols come first.
 // llama_context::graph_reserve has reset the scheduler before it built the graph, so the second reset is left out.
 extern "C" void ggml_backend_sched_reset(ggml_backend_sched_t sched) {
     static const auto reset = original<void (*)(ggml_backend_sched_t)>("ggml_backend_sched_reset");
     if (!keeps_assignments) {
         reset(sched);
     }
+}
+
+extern "C" ggml_tensor * ggml_new_tensor_1d(ggml_context * context, ggml_type type, int64_t length) {
+    static const auto new_tensor =
+        original<ggml_tensor * (*)(ggml_context *, ggml_type, int64_t)>("ggml_new_tensor_1d");
+    return new_tensor(context, type, length == kNone ? 0 : length);
 }
 
 extern "C" void ggml_backend_sched_reserve_size(ggml_backend_sched_t sched, ggml_cgraph * graph, size_t * sizes) {

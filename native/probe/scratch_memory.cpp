@@ -59,7 +59,7 @@ void include_scratch(ScratchMemory & memory, ggml_backend_sched_t sched, ggml_cg
     }
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node = ggml_graph_node(graph, i);
-        if (!cuda_rules::may_take_scratch(node)) {
+        if (ggml_is_empty(node) || !cuda_rules::may_take_scratch(node)) {
             continue;
         }
         ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(sched, node);

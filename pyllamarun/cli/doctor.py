@@ -41,6 +41,7 @@ def command(gpu: str | None, virtual_gpu: str | None, as_json: bool) -> int:
         _, text = output_of([binaries.path("llama-server"), "--version"], environment(binaries))
         commit = re.search(r"commit ([0-9a-f]+)", text)
         rows += checkup.check_stage(stage.description) + checkup.check_gpus(survey, binaries.build.backend)
+        rows += checkup.check_kernels(binaries.build, survey)
         program_rows = checkup.check_build(binaries.build, commit[1] if commit else "", devices)
         program_rows += [
             checkup.Row(checkup.OK, "virtual GPU", f"{device.name}: {device.description}")

@@ -93,9 +93,10 @@ def find_card(text: str) -> Card:
     Raises UsageError, with the nearest names, when there is none.
     """
     wanted = _words(text) - _BRANDS
-    matches = [
-        card for card in all_cards() if wanted & _words(card.name) and wanted <= _words(card.title) | {_gigabytes(card)}
-    ]
+    if any(not word.endswith("gb") for word in wanted):  # a size alone names no card
+        matches = [card for card in all_cards() if wanted <= _words(card.title) | {_gigabytes(card)}]
+    else:
+        matches = []
     if matches:
         return min(matches, key=lambda card: len(_words(card.name) - _BRANDS))
     names = {card.short_name.lower(): card.short_name for card in all_cards()}

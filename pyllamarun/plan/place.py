@@ -1,11 +1,12 @@
-"""Finds the largest number of whole layers whose memory, as llama.cpp itself counts it, stays within the budget."""
+"""Finds what goes to the GPU: as much as its memory, as llama.cpp itself counts it, holds within the budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyllamarun.errors import DoesNotFit, UsageError
+from pyllamarun.models.gguf import Header
 from pyllamarun.plan.probe import Answer, Device
 from pyllamarun.plan.request import (
     ASSUMED_CONTEXT_BYTES,
@@ -13,13 +14,18 @@ from pyllamarun.plan.request import (
     Request,
     context_bytes,
     fixed_value,
+    has_option,
 )
+from pyllamarun.plan.speed import TokenCost, token_cost
+from pyllamarun.plan.spill import OVERRIDES, Division, Piece, cheapest_cover, divisions, stays_on_cpu
 from pyllamarun.units import format_size
 
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
 TENSOR_SPLIT = ("-ts", "--tensor-split")
 DEVICES = ("-dev", "--device")
 MAX_SPLIT_ATTEMPTS = 4
+MAX_FILL_ATTEMPTS = 4
+AS_ASKED = Division("layers", 0, 0)
 GIVEN, ASSUMED = "given", "assumed"
 
 Ask = Callable[[Sequence[str]], Answer]
@@ -46,13 +52,28 @@ class Limit:
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to place the layers, and what it takes."""
+    """One way to place the model, and what it takes; `left_behind` are tensors of the last step that did not fit."""
 
-    gpu_layers: int
+    division: Division
+    on_gpu: int
+    left_behind: tuple[Piece, ...]
     split: tuple[int, ...]
     arguments: tuple[str, ...]
     answer: Answer
     limits: tuple[Limit, ...]
+
+    @property
+    def gpu_layers(self) -> int:
+        return self.division.gpu_layers(self.on_gpu)
+
+    @property
+    def layers_on_cpu(self) -> int:
+        """How many of the first layers are on the CPU as a whole."""
+        return max(0, self.answer.offloadable_layers - self.gpu_layers)
+
+    def cost(self, header: Header) -> TokenCost:
+        names = {piece.name for piece in self.left_behind}
+        return token_cost(header, self.answer, self.division, self.on_gpu, names)
 
     def scratch_bytes(self, limit: Limit) -> int:
         """What is held besides buffers and context; assumed where the probe has no rules, as for Vulkan."""
@@ -133,41 +154,52 @@ def _chosen_devices(request: Request, devices: Sequence[Device]) -> list[Device]
     return [by_name[name] for name in names]
 
 
-def place(model: str, request: Request, limits: tuple[Limit, ...], ask: Ask) -> Placement:
-    """The placement with the most layers on the GPUs; `model` is what stands after -m in the arguments.
+def place(header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask) -> Placement:
+    """The placement that costs least a token, of those within the limits.
 
     Raises DoesNotFit when not even -ngl 0 does, unless the request says force.
     """
-    search = _Search(model, request, limits, ask)
+    search = _Search(header, request, limits, ask)
     fixed = fixed_value(request.passthrough, *GPU_LAYERS)
     if fixed is not None or not limits:
-        placement = search.with_layers(0, fixed=fixed is not None)
+        placement = search.as_asked()
         if not placement.fits and not request.force:
             raise _does_not_fit(placement, f"With -ngl {fixed} as you asked, the model")
         return placement
-    nothing = search.with_layers(0)
+    nothing = search.nothing()
     if not nothing.fits:
         if request.force:
             return nothing
         raise _does_not_fit(nothing, "Even with every layer on the CPU, the model")
-    everything = search.with_layers(nothing.answer.offloadable_layers)
+    everything = search.everything(nothing)
     if everything.fits:
         return everything
-    return _largest_that_fits(nothing, everything, search.with_layers)
+    chosen: Placement | None = None
+    for division in divisions(request.passthrough, nothing.answer, len(limits)):
+        if chosen and not (division.name == "feed_forward" and chosen.cost(header).has_much_attention_on_cpu):
+            break  # experts' divisions come in the order of their merit
+        found = search.best(division, nothing, everything)
+        if found and (chosen is None or found.cost(header).is_clearly_below(chosen.cost(header))):
+            chosen = found
+    return chosen or nothing
 
 
-def _largest_that_fits(fits: Placement, too_large: Placement, with_layers: Callable[[int], Placement]) -> Placement:
-    """Narrows down between one that fits and one that does not, by interpolation: memory is nearly linear in layers."""
-    while too_large.gpu_layers - fits.gpu_layers > 1:
-        span = too_large.gpu_layers - fits.gpu_layers
+def _largest_that_fits(
+    fits: Placement, too_large: Placement, at: Callable[[int], Placement]
+) -> tuple[Placement, Placement]:
+    """Narrows down between one that fits and one that does not, by interpolation: memory is nearly linear in steps.
+
+    Returns the last that fits and the first that does not.
+    """
+    while too_large.on_gpu - fits.on_gpu > 1:
+        span = too_large.on_gpu - fits.on_gpu
         share = (1.0 - fits.load) / (too_large.load - fits.load)
-        layers = fits.gpu_layers + min(max(int(share * span), 1), span - 1)
-        middle = with_layers(layers)
+        middle = at(fits.on_gpu + min(max(int(share * span), 1), span - 1))
         if middle.fits:
             fits = middle
         else:
             too_large = middle
-    return fits
+    return fits, too_large
 
 
 def _does_not_fit(placement: Placement, subject: str) -> DoesNotFit:
@@ -189,38 +221,92 @@ def _does_not_fit(placement: Placement, subject: str) -> DoesNotFit:
 
 
 class _Search:
-    """Asks for placements of one model, each number of layers once."""
+    """Asks for placements of one model, each once."""
 
-    def __init__(self, model: str, request: Request, limits: tuple[Limit, ...], ask: Ask) -> None:
-        self._model = model
+    def __init__(self, header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask) -> None:
+        self._header = header
         self._request = request
         self._limits = limits
         self._ask = ask
-        self._splits = len(limits) > 1 and fixed_value(request.passthrough, *TENSOR_SPLIT) is None
-        self._known: dict[int, Placement] = {}
+        self._splits = len(limits) > 1 and not has_option(request.passthrough, *TENSOR_SPLIT)
+        self._known: dict[tuple[str, ...], Placement] = {}
 
-    def with_layers(self, layers: int, *, fixed: bool = False) -> Placement:
-        if layers not in self._known:
-            if layers > 0 and self._splits:
-                self._known[layers] = self._best_split(layers)
-            else:
-                self._known[layers] = self._placement(layers, (), fixed=fixed)
-        return self._known[layers]
+    def as_asked(self) -> Placement:
+        """With the user's own -ngl, or without any GPU."""
+        value = fixed_value(self._request.passthrough, *GPU_LAYERS)
+        if value is None:
+            return self.nothing()
+        placement = self._placement(AS_ASKED, 0, (), [])
+        layers = placement.answer.offloadable_layers
+        on_gpu = min(int(value), layers) if value.isdigit() else layers
+        return replace(placement, division=Division("layers", layers, layers), on_gpu=on_gpu)
 
-    def _placement(self, layers: int, split: tuple[int, ...], *, fixed: bool = False) -> Placement:
-        arguments = ["-m", self._model, "-c", str(self._request.context_tokens), "-np", str(self._request.slots)]
-        if not fixed:
-            arguments += ["-ngl", str(layers)]
+    def nothing(self) -> Placement:
+        """With every layer on the CPU."""
+        return self._placement(AS_ASKED, 0, (), ["-ngl", "0"])
+
+    def everything(self, nothing: Placement) -> Placement:
+        layers = nothing.answer.offloadable_layers
+        return self._at(Division("layers", layers, layers), layers)
+
+    def best(self, division: Division, nothing: Placement, everything: Placement) -> Placement | None:
+        """The fullest placement of a division that fits, down to single tensors; None if none does."""
+        least = nothing if division.name == "layers" else self._at(division, 0)
+        if not least.fits:
+            return None
+        least = replace(least, division=division, on_gpu=0)
+        most = replace(everything, division=division, on_gpu=division.steps)
+        if division.name == "attention":
+            most = self._at(division, division.steps)
+            if most.fits:
+                return most
+        fits, too_large = _largest_that_fits(least, most, lambda on_gpu: self._at(division, on_gpu))
+        return self._filled(fits, too_large) if len(self._limits) == 1 else fits
+
+    def _filled(self, fits: Placement, too_large: Placement) -> Placement:
+        """With as much of the next layer as there is room for: what has to stay on the CPU, and no more."""
+        if has_option(self._request.passthrough, *OVERRIDES):
+            return fits
+        (limit,) = self._limits
+        pieces = too_large.division.pieces(too_large.on_gpu, self._header.tensors)
+        excess = too_large.used_bytes(limit) - limit.limit_bytes
+        for _ in range(MAX_FILL_ATTEMPTS):
+            left_behind = cheapest_cover(pieces, excess)
+            if not left_behind:
+                break
+            candidate = self._at(too_large.division, too_large.on_gpu, left_behind)
+            if candidate.fits:
+                return candidate
+            excess += candidate.used_bytes(limit) - limit.limit_bytes
+        return fits
+
+    def _at(self, division: Division, on_gpu: int, left_behind: tuple[Piece, ...] = ()) -> Placement:
+        if self._splits and on_gpu > 0:
+            return self._best_split(division, on_gpu)
+        return self._placement(
+            division, on_gpu, (), [*division.arguments(on_gpu), *stays_on_cpu(left_behind)], left_behind
+        )
+
+    def _placement(
+        self,
+        division: Division,
+        on_gpu: int,
+        split: tuple[int, ...],
+        where: Sequence[str],
+        left_behind: tuple[Piece, ...] = (),
+    ) -> Placement:
+        request = self._request
+        arguments = ["-m", str(self._header.path), "-c", str(request.context_tokens), "-np", str(request.slots), *where]
         if split:
             arguments += ["-ts", ",".join(map(str, split))]
-        arguments += ["-fit", "off", *self._request.passthrough]
-        answer = self._ask(arguments)
-        if fixed:
-            value = fixed_value(self._request.passthrough, *GPU_LAYERS) or "0"
-            layers = int(value) if value.isdigit() else answer.offloadable_layers
-        return Placement(min(layers, answer.offloadable_layers), split, tuple(arguments), answer, self._limits)
+        arguments += ["-fit", "off", *request.passthrough]
+        key = tuple(arguments)
+        if key not in self._known:
+            answer = self._ask(arguments)
+            self._known[key] = Placement(division, on_gpu, left_behind, split, key, answer, self._limits)
+        return self._known[key]
 
-    def _best_split(self, layers: int) -> Placement:
+    def _best_split(self, division: Division, layers: int) -> Placement:
         """Layers a GPU, first by budget, then by what llama.cpp says that each GPU's layers take."""
         rooms = [float(limit.buffer_bytes) for limit in self._limits]
         best = None
@@ -230,7 +316,7 @@ class _Search:
             if split in tried:
                 break
             tried.add(split)
-            placement = self._placement(layers, split)
+            placement = self._placement(division, layers, split, division.arguments(layers))
             if best is None or placement.load < best.load:
                 best = placement
             if placement.fits:

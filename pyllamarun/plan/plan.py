@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ class HostPlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """`division` is how the model is divided (plan/spill.py); `left_on_cpu`, what of offloaded layers stays behind."""
+
     model: str
     model_name: str
     architecture: str
@@ -64,6 +67,8 @@ class Plan:
     argv: tuple[str, ...]
     gpu_layers: int
     layers: int
+    division: str
+    left_on_cpu: tuple[str, ...]
     context_tokens: int
     slot_context_tokens: int
     trained_context_tokens: int
@@ -80,18 +85,19 @@ class Plan:
 def make_plan(header: Header, request: Request, devices: Sequence[Device], memory: Memory, ask: Ask) -> Plan:
     """Places the model and describes the result.  `ask` answers for arguments that name the model by its path."""
     limits = resolve_limits(request, devices)
-    model = str(header.path)
-    placement = place(model, request, limits, ask)
+    placement = place(header, request, limits, ask)
     answer = placement.answer
     host = _host_plan(placement)
     return Plan(
-        model=model,
+        model=str(header.path),
         model_name=header.name,
         architecture=printable(header.architecture),
         weights_bytes=header.weights_bytes,
         argv=("llama-server", *placement.arguments),
         gpu_layers=placement.gpu_layers,
         layers=answer.offloadable_layers,
+        division=placement.division.name,
+        left_on_cpu=_left_on_cpu(placement, header),
         context_tokens=answer.context_tokens,
         slot_context_tokens=answer.slot_context_tokens,
         trained_context_tokens=answer.trained_context_tokens,
@@ -100,6 +106,19 @@ def make_plan(header: Header, request: Request, devices: Sequence[Device], memor
         devices=tuple(_device_plan(placement, limit) for limit in limits),
         host=host,
         warnings=tuple(_warnings(placement, host, memory, header.path)),
+    )
+
+
+def _left_on_cpu(placement: Placement, header: Header) -> tuple[str, ...]:
+    """Tensors of offloaded layers that stay on the CPU."""
+    left = {piece.name for piece in placement.left_behind}
+    first = placement.layers_on_cpu
+    return tuple(
+        tensor.name
+        for tensor in header.tensors
+        if (block := re.match(r"blk\.(\d+)\.", tensor.name))
+        and int(block[1]) >= first
+        and (tensor.name in left or not placement.division.holds(tensor.name, placement.on_gpu))
     )
 
 

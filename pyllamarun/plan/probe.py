@@ -87,9 +87,9 @@ class Device:
     description: str
     backend: str
     type: str
-    id: str | None
     free_bytes: int
     total_bytes: int
+    id: str | None = None
 
 
 class Probe:

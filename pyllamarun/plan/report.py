@@ -12,6 +12,7 @@ def describe(plan: Plan, command_line: str, stage: str = "") -> str:
     lines = [
         f"{plan.model_name}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
         f"{_layers(plan)}, {plan.context_tokens:,} tokens of context in {plan.slots} slot{'s' * (plan.slots != 1)}",
+        *_left_behind(plan),
         *([stage] if stage else []),
         "",
     ]
@@ -29,6 +30,19 @@ def _layers(plan: Plan) -> str:
     if plan.gpu_layers == plan.layers:
         return f"All {plan.layers} layers on the GPU"
     return f"{plan.gpu_layers} of {plan.layers} layers on the GPU, the rest on the CPU"
+
+
+def _left_behind(plan: Plan) -> list[str]:
+    """What of the layers on the GPU is not."""
+    if not plan.left_on_cpu:
+        return []
+    if len(plan.left_on_cpu) <= 3:
+        return [f"But for {', '.join(plan.left_on_cpu)}, which would not fit"]
+    layers = {name.split(".")[1] for name in plan.left_on_cpu}
+    if plan.division == "layers":
+        return [f"But for {len(plan.left_on_cpu)} matrices of layer {', '.join(layers)}, which would not fit"]
+    what = "feed-forward matrices" if plan.division == "feed_forward" else "experts"
+    return [f"But for {what} of {len(layers)} layers, {len(plan.left_on_cpu)} tensors, which stay on the CPU"]
 
 
 def _device_table(plan: Plan) -> str:

@@ -98,6 +98,11 @@ def parse_virtual_gpus(text: str, reserved_bytes: int) -> tuple[VirtualGpu, ...]
     return gpus
 
 
+def has_option(arguments: Sequence[str], *names: str) -> bool:
+    """Whether one of these options stands in `arguments`."""
+    return any(argument.partition("=")[0] in names for argument in arguments)
+
+
 def fixed_value(arguments: Sequence[str], *names: str) -> str | None:
     """The value that the last of these options has in `arguments`: `-ngl 20`, `--gpu-layers=20`; None if absent."""
     value = None

@@ -102,6 +102,20 @@ def check_disk(disk: Disk) -> list[Row]:
     return [Row(OK if enough else WARNING, "disk", text, remedy)]
 
 
+def check_kernels(build: Build, survey: GpuSurvey) -> list[Row]:
+    """Whether the CUDA backend was compiled for the cards."""
+    rows = []
+    for gpu in survey.gpus:
+        capability = gpu.compute_capability
+        if build.backend == "cuda" and capability and build.compiled_for(capability) == "0":
+            text = f"the CUDA backend has no kernels for compute capability {capability}"
+            remedy = (
+                f"PYLLAMARUN_CUDA_ARCHITECTURES={capability.replace('.', '')} pip install --force-reinstall --no-deps ."
+            )
+            rows.append(Row(FAILURE, f"GPU {gpu.index}", text, remedy))
+    return rows
+
+
 def check_build(build: Build, reported_commit: str, devices: Sequence[Device]) -> list[Row]:
     """`reported_commit` is what llama-server --version says."""
     text = f"llama.cpp {build.tag} ({build.short_commit}), backend {build.backend}"

@@ -39,12 +39,14 @@ class Usage:
 class Stage:
     """`environment` is for the programs; `shown`, those of its variables that a pasted command line needs.
 
-    `cards` are the models of card that its GPUs are or stand for, in ggml's order, as far as they are known.
+    `cards` are the models of card that its GPUs are or stand for, in ggml's order, as far as they are known;
+    `without_kernels`, those of them that the CUDA backend was not compiled for.
     """
 
     kind: str
     environment: Mapping[str, str]
     cards: tuple[Card | None, ...] = ()
+    without_kernels: tuple[Card, ...] = ()
     shown: tuple[str, ...] = ()
     folder: Path | None = None
 
@@ -53,7 +55,13 @@ class Stage:
         """What it is if it is not this machine's own."""
         names = ", ".join(card.short_name for card in self.cards if card)
         if self.kind == ON_STANDIN:
-            return f"On the CUDA stand-in: {names}."
+            lacking = ", ".join(f"{card.short_name} ({card.compute_capability})" for card in self.without_kernels)
+            warning = (
+                f"  This build has no kernels for {lacking}, and takes other memory than one that has."
+                if lacking
+                else ""
+            )
+            return f"On the CUDA stand-in: {names}.{warning}"
         if self.kind == VIRTUAL and names:
             return f"On virtual GPUs of that size, since this build has no CUDA: {names}."
         return ""
@@ -61,7 +69,8 @@ class Stage:
     def knowing(self, cards: Sequence[Card | None], binaries: Binaries) -> Stage:
         """This stage with its cards known to the memory probe, which counts their scratch pools."""
         variables = {"PYLLAMARUN_CARDS": ";".join(_rules_line(card, binaries) for card in cards)} if any(cards) else {}
-        return replace(self, environment={**self.environment, **variables}, cards=tuple(cards))
+        without = tuple(card for card in cards if card and binaries.build.compiled_for(card.compute_capability) == "0")
+        return replace(self, environment={**self.environment, **variables}, cards=tuple(cards), without_kernels=without)
 
     def hollow(self, binaries: Binaries) -> Stage:
         """This stage for a rehearsal: nothing is computed, and no weight is looked at."""

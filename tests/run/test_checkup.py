@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from pyllamarun.run.binaries import Build
 from pyllamarun.units import GIB
 
 FOUNDING_GPU = Gpu(
-    index=0, name="NVIDIA GeForce RTX 3060", uuid="GPU-1", total_bytes=12 * GIB, free_bytes=11 * GIB, used_bytes=GIB,
+    index=0, name="NVIDIA GeForce RTX 3060", uuid="GPU-1", pci_address="0000:01:00.0",
+    total_bytes=12 * GIB, free_bytes=11 * GIB, used_bytes=GIB,
     processes=(GpuProcess(42, "Xorg", GIB // 2), GpuProcess(43, "game", None)), compute_capability="8.6",
     pcie_generation=4, pcie_width=16, memory_bandwidth_bytes_per_second=360_048_000_000,
 )  # fmt: skip
-NO_ANSWERS = Gpu(0, "GPU 0", "", 4 * GIB, 4 * GIB, 0, (), None, None, None, None)
+NO_ANSWERS = Gpu(0, "GPU 0", "", None, 4 * GIB, 4 * GIB, 0, (), None, None, None, None)
 BUILD = Build("b11312", "0c1e57098bba", "cuda", {"cuda_architectures": "86", "chat_page": True})
 
 
@@ -38,6 +40,13 @@ def test_the_founding_machine_is_ok() -> None:
     assert "Xorg (42) holds 512.0 MiB" in text
     assert "game (43) holds an unknown amount" in text
     assert "driver 580.65, CUDA up to 13.0" in text
+
+
+def test_a_card_that_the_build_has_no_kernels_for_is_a_failure() -> None:
+    turing = replace(FOUNDING_GPU, compute_capability="7.5")
+    (row,) = checkup.check_kernels(BUILD, GpuSurvey((turing, FOUNDING_GPU), None, None))
+    assert row.status == "failure"
+    assert row.remedy.startswith("PYLLAMARUN_CUDA_ARCHITECTURES=75 ")
 
 
 @pytest.mark.parametrize(
