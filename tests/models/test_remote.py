@@ -96,6 +96,14 @@ def test_traffic_is_bounded_for_headers_of_any_size(tokens: int, server: Server,
     assert server.sent_bytes < len(model.head) + MIB
 
 
+def test_what_is_known_to_be_needed_is_fetched_at_once(server: Server, tmp_path: Path) -> None:
+    """Each of the 400,000 tokens takes at least the 8 bytes of its length."""
+    model = small(tmp_path / "made.gguf", tokens=400_000)
+    read(server.at(FILE, serve(model)))
+    ranges = [request.headers["Range"].removeprefix("bytes=").split("-") for request in server.requests]
+    assert max(int(end) - int(start) for start, end in ranges) > 400_000 * 8 - MIB
+
+
 def test_a_server_without_ranges_is_left_where_the_header_ends(server: Server, model: RemoteContent) -> None:
     header = read(server.at(FILE, without_ranges(model)))
     assert header.vocabulary_size == 20_000
@@ -182,18 +190,21 @@ def test_one_that_goes_on_breaking_is_told_after_some_tries(server: Server, mode
     assert len(server.requests) == 4
 
 
-def test_a_body_that_ends_early_is_asked_for_again(server: Server, model: RemoteContent) -> None:
-    """With the length that was announced, which is that of the range; and without any length, until it closes."""
+def until_closed(model: RemoteContent, change: Callable[[bytes], bytes]) -> Behaviour:
+    """A range without its length, which ends where the connection does; and what `change` makes of it."""
 
-    def short(handler: Handler) -> None:
+    def behaviour(handler: Handler) -> None:
         start, end = handler.wanted(model)
         bounds = f"bytes {start}-{end - 1}/{model.size}"
-        handler.answer(
-            206, model.read(start, end - 9), Content_Length=None, Connection="close", Content_Range=bounds,
-            ETag=model.etag,
-        )  # fmt: skip
+        body = change(model.read(start, end))
+        handler.answer(206, body, Content_Length=None, Connection="close", Content_Range=bounds, ETag=model.etag)
         handler.close_connection = True
 
+    return behaviour
+
+
+def test_a_body_that_ends_early_is_asked_for_again(server: Server, model: RemoteContent) -> None:
+    short = until_closed(model, lambda body: body[:-9])
     assert read(server.at(FILE, short, serve(model))).vocabulary_size == 20_000
     assert server.requests[1].headers["Range"].startswith(f"bytes={(64 << 10) - 9}-")
 
@@ -206,6 +217,17 @@ def test_a_body_that_is_longer_than_announced_harms_nothing(server: Server, mode
         handler.answer(206, body, Content_Length=end - start, Content_Range=bounds, ETag=model.etag)
 
     assert read(server.at(FILE, long, serve(model))).vocabulary_size == 20_000
+
+
+def test_a_body_without_a_length_may_be_too_long(server: Server, model: RemoteContent) -> None:
+    too_long = until_closed(model, lambda body: body + b"more")
+    assert read(server.at(FILE, too_long)).vocabulary_size == 20_000
+
+
+def test_bodies_that_stay_empty_are_told_after_some_tries(server: Server, model: RemoteContent) -> None:
+    with pytest.raises(DownloadError, match="cannot be read") as caught:
+        read(server.at(FILE, until_closed(model, lambda _: b"")))
+    assert "bytes early" in caught.value.why
 
 
 @pytest.mark.parametrize("after", [0, 1000])
