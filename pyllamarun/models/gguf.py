@@ -8,16 +8,16 @@ format: docs/gguf.md of ggml; the bounds are those of gguf_init_from_reader in g
 from __future__ import annotations
 
 import math
-import os
 import stat
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from pyllamarun.errors import ModelError, UsageError
+from pyllamarun.models.cursor import MAX_HEADER_BYTES, Cursor
 from pyllamarun.models.types import FILE_TYPES, TENSOR_TYPES, TensorType
 from pyllamarun.output import printable
 
@@ -31,8 +31,6 @@ MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_BYTES = 1 << 62
 MAX_PARTS = 10_000
-MAX_HEADER_BYTES = 1 << 30
-CHUNK_BYTES = 1 << 20  # what is asked of a stream at once, where it is not known that more is needed
 
 # What stands in place of a model now and then, by how it begins.
 IMPOSTORS = {
@@ -72,7 +70,7 @@ class Array:
         """The first elements, at most so many."""
         count = min(count, self.count)
         if self.element_type == STRING:
-            cursor = _Cursor.over(self.raw)
+            cursor = Cursor.over(self.raw)
             return [cursor.string("array element").decode("utf-8", "replace") for _ in range(count)]
         return list(struct.unpack_from(f"<{count}{SCALARS[self.element_type]}", self.raw))
 
@@ -226,7 +224,7 @@ def parse_header(file: BinaryIO, path: Path, file_bytes: int, shown: str = "") -
     CHUNK_BYTES at once, or more where it knows that the header has as much; a stream may give less.
     """
     shown = shown or str(path)
-    cursor = _Cursor(file, shown, min(file_bytes, MAX_HEADER_BYTES))
+    cursor = Cursor(file, shown, min(file_bytes, MAX_HEADER_BYTES))
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
         raise _no_gguf(shown, magic, cursor.beginning(max(map(len, IMPOSTORS))))
@@ -256,7 +254,7 @@ def _no_gguf(shown: str, magic: bytes, beginning: bytes) -> ModelError:
     return ModelError(f"{shown} is not a GGUF file.", why=why, remedy=remedy)
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
+def _read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
     metadata: dict[str, Value] = {}
     for _ in range(count):
         key = cursor.string("metadata key", MAX_KEY_BYTES).decode("utf-8", "replace")
@@ -269,7 +267,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
     return metadata
 
 
-def _read_value(cursor: _Cursor, value_type: int, key: str) -> Any:
+def _read_value(cursor: Cursor, value_type: int, key: str) -> Any:
     if value_type in SCALARS:
         return cursor.scalar(SCALARS[value_type], key)
     if value_type == STRING:
@@ -288,7 +286,7 @@ def _read_value(cursor: _Cursor, value_type: int, key: str) -> Any:
     return Array(element_type, count, cursor.slice(start))
 
 
-def _read_tensor(cursor: _Cursor, alignment: int) -> Tensor:
+def _read_tensor(cursor: Cursor, alignment: int) -> Tensor:
     name = cursor.string("tensor name", MAX_NAME_BYTES).decode("utf-8", "replace")
     shown = printable(name)
     if not name:
@@ -336,86 +334,3 @@ def _check_data(shown: str, tensors: tuple[Tensor, ...], data_bytes: int) -> Non
             why=f"Its tensors need {end:,} bytes of data, and {max(data_bytes, 0):,} are there.",
             remedy="Download it again.",
         )
-
-
-class _Cursor:
-    """Reads forward through a stream, keeping what it has read, never past `limit` bytes."""
-
-    def __init__(self, file: BinaryIO, shown: str, limit: int) -> None:
-        self._file = file
-        self._shown = shown
-        self._limit = limit
-        self._buffer = bytearray()
-        self.position = 0
-
-    @classmethod
-    def over(cls, data: bytes) -> _Cursor:
-        import io
-
-        return cls(io.BytesIO(data), os.devnull, len(data))
-
-    def fail(self, field: str, why: str) -> NoReturn:
-        raise ModelError(
-            f"{self._shown} is not a sound GGUF file.",
-            why=f"{field} at byte {self.position}: {why}.",
-            remedy="Download it again, from the model's own publisher.",
-        )
-
-    def _need(self, count: int, field: str) -> None:
-        end = self.position + count
-        if end > self._limit:
-            self.fail(field, "the file ends within it")
-        while len(self._buffer) < end:
-            chunk = self._file.read(max(CHUNK_BYTES, end - len(self._buffer)))
-            if not chunk:
-                self.fail(field, "the file ends within it")
-            self._buffer += chunk
-
-    def skip(self, count: int, field: str) -> None:
-        self._need(count, field)
-        self.position += count
-
-    def slice(self, start: int) -> bytes:
-        return bytes(self._buffer[start : self.position])
-
-    def beginning(self, count: int) -> bytes:
-        """The first bytes of the stream, as far as they were read."""
-        return bytes(self._buffer[:count])
-
-    def take(self, count: int, field: str) -> bytes:
-        start = self.position
-        if start == 0 and self._limit < count:
-            return self._file.read(self._limit)
-        self.skip(count, field)
-        return self.slice(start)
-
-    def scalar(self, code: str, field: str) -> Any:
-        size = struct.calcsize(code)
-        self._need(size, field)
-        value = struct.unpack_from("<" + code, self._buffer, self.position)[0]
-        self.position += size
-        return value
-
-    def count(self, field: str, limit: int) -> int:
-        value: int = self.scalar("Q", field)
-        if value > limit:
-            self.fail(field, f"{value} is more than {limit}")
-        return value
-
-    def string(self, field: str, limit: int = MAX_HEADER_BYTES) -> bytes:
-        return self.take(self.count(f"length of {field}", limit), field)
-
-    def skip_strings(self, count: int, field: str) -> None:
-        """Steps over `count` strings; 8 bytes of length each bound the count before the walk begins."""
-        if count * 8 > self._limit - self.position:
-            self.fail(f"length of {field}", f"{count} strings are longer than the file")
-        self._need(count * 8, field)
-        unpack = struct.Struct("<Q").unpack_from
-        while count:
-            self._need(8, field)
-            position, buffer = self.position, self._buffer
-            last = len(buffer) - 8
-            while count and position <= last:  # a vocabulary has hundreds of thousands
-                position += 8 + unpack(buffer, position)[0]
-                count -= 1
-            self.skip(position - self.position, field)

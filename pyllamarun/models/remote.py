@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from pyllamarun.errors import DownloadError
-from pyllamarun.models.gguf import CHUNK_BYTES, Header, parse_header, read_parts
+from pyllamarun.models.cursor import CHUNK_BYTES
+from pyllamarun.models.gguf import Header, parse_header, read_parts
 from pyllamarun.models.http import Interrupted, Web
 from pyllamarun.models.refusals import AGAIN, Place
 

@@ -12,6 +12,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+import synthetic
 from harness import run_cli
 from misbehaving import (
     Behaviour,
@@ -30,7 +31,7 @@ from misbehaving import (
 from remote_models import TYPES, small, split, vocabulary
 
 from pyllamarun.errors import DownloadError, ModelError, PyllamarunError
-from pyllamarun.models.gguf import STRING, Header, Value
+from pyllamarun.models.gguf import STRING, Header, Value, read_header
 from pyllamarun.models.http import Patience, Web
 from pyllamarun.models.refusals import Place
 from pyllamarun.models.remote import RemoteFile, read_remote_header
@@ -87,6 +88,13 @@ def test_a_header_is_read_with_little_more_traffic_than_its_size(server: Server,
     assert header.path == Path("kept/model.gguf")
     assert server.sent_bytes < len(model.head) + MIB // 2
     assert len(server.requests) < 8
+
+
+@pytest.mark.parametrize("architecture", synthetic.ARCHITECTURES)
+def test_it_is_the_header_that_the_file_has(architecture: str, tiny: Callable[[str], Path], server: Server) -> None:
+    path = tiny(architecture)
+    local, remote = read_header(path), read(server.at(FILE, serve(RemoteContent(path.read_bytes()))))
+    assert (remote.metadata, remote.tensors, remote.file_bytes) == (local.metadata, local.tensors, local.file_bytes)
 
 
 @pytest.mark.parametrize("tokens", [0, 3000, 100_000, 400_000])

@@ -18,7 +18,7 @@ from pyllamarun.errors import DownloadError, UsageError
 from pyllamarun.models import hub, stores
 from pyllamarun.models.gguf import STRING, Value
 from pyllamarun.models.hub import HubName
-from pyllamarun.models.names import is_safe, part_names, quantization
+from pyllamarun.models.names import is_safe, part_names, quantization, with_quantization
 from pyllamarun.models.sources import resolve
 from pyllamarun.units import MIB
 
@@ -231,6 +231,14 @@ QUANTIZATIONS = {
 
 def test_a_quantization_is_read_from_a_name() -> None:
     assert {name: quantization(name) for name in QUANTIZATIONS} == QUANTIZATIONS
+
+
+def test_a_quantization_means_a_publishers_own_where_there_is_no_other() -> None:
+    names = ["m-UD-Q4_K_XL.gguf", "m-UD-Q2_K.gguf", "m-Q2_K.gguf"]
+    assert with_quantization(names, "q4_k_xl") == ["m-UD-Q4_K_XL.gguf"]
+    assert with_quantization(names, "Q2_K") == ["m-Q2_K.gguf"]
+    assert with_quantization(names, "UD-Q2_K") == ["m-UD-Q2_K.gguf"]
+    assert with_quantization(names, "Q4") == []
 
 
 def test_the_parts_of_a_split_are_named_as_llama_cpp_does() -> None:
@@ -504,3 +512,12 @@ def test_running_what_is_not_here_says_how_to_pull_it(arguments: list[str], serv
     assert f"pyllamarun pull hf:{REPOSITORY}/m.gguf" in result.stderr
     planned = run_cli("plan", f"hf:{REPOSITORY}", "--virtual-gpu", "12GiB")
     assert f"pyllamarun pull hf:{REPOSITORY}/m.gguf" in planned.stdout
+
+
+def test_a_model_that_is_not_here_is_rehearsed(model: Path, server: Server) -> None:
+    publish(server, {"m.gguf": RemoteContent(model.read_bytes())})
+    result = run_cli("rehearse", f"hf:{REPOSITORY}", "--virtual-gpu", "1GiB", "-c", "512", "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    data = json.loads(result.stdout)["data"]
+    assert (data["fits"], data["model"]) == (True, str(paths.models_folder() / REPOSITORY / "m.gguf"))
+    assert not paths.models_folder().exists()
