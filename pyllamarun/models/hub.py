@@ -83,13 +83,18 @@ def parse_name(text: str) -> HubName:
     return HubName(repository, file, label, revision or DEFAULT_REVISION)
 
 
-def name_of_url(url: str) -> HubName | None:
-    """The name of what an address on Hugging Face's own host leads to: a file, to be read or looked at."""
+def _endpoint() -> str:
     from huggingface_hub import constants
 
-    if origin(url) != origin(constants.ENDPOINT):
+    return str(constants.ENDPOINT).rstrip("/")
+
+
+def name_of_url(url: str) -> HubName | None:
+    """The name of what an address on Hugging Face's own host leads to: a file, to be read or looked at."""
+    endpoint = _endpoint()
+    if origin(url) != origin(endpoint):
         return None
-    below = urlsplit(url).path.removeprefix(urlsplit(constants.ENDPOINT).path)
+    below = urlsplit(url).path.removeprefix(urlsplit(endpoint).path)
     match = re.fullmatch(rf"/({_WORD}/{_WORD})/(?:resolve|blob|raw)/([^/]+)/(.+)", below)
     return parse_name(f"{match[1]}/{unquote(match[3])}@{unquote(match[2])}") if match else None
 
@@ -123,16 +128,16 @@ def is_offline() -> bool:
 
 def place(name: HubName, path: str = "", commit: str = "") -> Place:
     """Where a file of the repository lies, or, without a path, the list of its files."""
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import hf_hub_url
 
     revision = commit or name.revision
     if path:
-        url = hf_hub_url(name.repository, path, revision=revision, endpoint=constants.ENDPOINT)
+        url = hf_hub_url(name.repository, path, revision=revision, endpoint=_endpoint())
         shown = str(HubName(name.repository, path, revision=name.revision))
     else:
-        url = f"{constants.ENDPOINT}/api/models/{name.repository}/revision/{quote(revision, safe='')}?blobs=true"
+        url = f"{_endpoint()}/api/models/{name.repository}/revision/{quote(revision, safe='')}?blobs=true"
         shown = str(name)
-    return Place(url, shown, _token(), f"{constants.ENDPOINT}/{name.repository}", LOGIN)
+    return Place(url, shown, _token(), f"{_endpoint()}/{name.repository}", LOGIN)
 
 
 def _token() -> str | None:
