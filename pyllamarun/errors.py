@@ -43,6 +43,13 @@ class ModelError(PyllamarunError):
     code = "model"
 
 
+class DownloadError(PyllamarunError):
+    """What a server was asked for did not come, or not whole."""
+
+    exit_code = 4
+    code = "download"
+
+
 class BinaryError(PyllamarunError):
     """A llama.cpp program is missing, does not start, or is not the one that belongs to this package."""
 

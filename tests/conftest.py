@@ -20,8 +20,18 @@ from pyllamarun.run.binaries import Binaries, find_binaries  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes to the user's own folders."""
+    """No test reads or writes the user's own folders, or uses their tokens and proxies."""
+    from huggingface_hub import constants
+
+    folders = ("PYLLAMARUN_HOME", "HF_HOME", "PYLLAMARUN_LMSTUDIO_MODELS", "OLLAMA_MODELS")
+    for name in folders:
+        monkeypatch.setenv(name, str(tmp_path / "home" / name.lower()))
     monkeypatch.setenv("PYLLAMARUN_HOME", str(tmp_path / "home"))
+    for name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hf_home/hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home/hf_home/token"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import click
 from pyllamarun import __version__
 from pyllamarun.errors import PyllamarunError
 
-COMMANDS = ("doctor", "plan", "rehearse", "quantize", "run", "serve")
+COMMANDS = ("doctor", "list", "inspect", "plan", "rehearse", "quantize", "run", "serve")
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -69,7 +69,10 @@ def group() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command and exits: 0 ok, 1 unexpected, 2 usage, 3 does not fit, 4 model, 5 binaries, 6 server."""
+    """Runs a command and exits.
+
+    0 ok, 1 unexpected, 2 usage, 3 does not fit, 4 model or download, 5 binaries, 6 server.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     _mend_streams()
     code = _exit_code(arguments)

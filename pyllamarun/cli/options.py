@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -34,7 +33,7 @@ dry_run = click.option("--dry-run", is_flag=True, help="Print the llama.cpp comm
 class PlanOptions:
     """What the shared planning options said."""
 
-    model: Path
+    model: str
     vram: str | None
     context: int
     slots: int
@@ -48,7 +47,7 @@ class PlanOptions:
 def planning(function: Function) -> Function:
     """Adds MODEL, the planning options and `-- LLAMA.CPP ARGUMENTS`; passes them as one `options`."""
 
-    @click.argument("model", type=click.Path(path_type=Path))
+    @click.argument("model")
     @click.argument("passthrough", nargs=-1, type=click.UNPROCESSED, metavar="[-- LLAMA.CPP ARGUMENTS]")
     @click.option(
         "--vram", metavar="SIZE", default=None,
@@ -70,7 +69,7 @@ def planning(function: Function) -> Function:
     @click.option("--force", is_flag=True, help="Go on with what does not fit.")
     @functools.wraps(function)
     def wrapper(
-        model: Path, passthrough: tuple[str, ...], vram: str | None, context: int, slots: int, overhead: str | None,
+        model: str, passthrough: tuple[str, ...], vram: str | None, context: int, slots: int, overhead: str | None,
         virtual_gpu: str | None, gpu: str | None, force: bool, **others: Any,
     ) -> Any:  # fmt: skip
         if passthrough and not passthrough[0].startswith("-"):

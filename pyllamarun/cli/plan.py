@@ -14,6 +14,8 @@ from pyllamarun.cli.options import PlanOptions, as_json, dry_run, planning
 def command(options: PlanOptions, as_json: bool, dry_run: bool) -> None:
     """Says how many layers of MODEL go to the GPU within the VRAM budget, and what that takes, to the byte.
 
+    MODEL is a path, the name of a model that is on this machine (`pyllamarun list`), hf:OWNER/REPO:Q4_K_M,
+    hf:OWNER/REPO/FILE.gguf, or https://HOST/FILE.gguf; of those on the network only the header is read.
     llama.cpp itself is asked what it would allocate; nothing is loaded.
     """
     from pyllamarun import output
@@ -23,8 +25,11 @@ def command(options: PlanOptions, as_json: bool, dry_run: bool) -> None:
     with planned(options) as plan:
         line = plan.shell_line(plan.argv("llama-server"))
     if as_json:
-        output.print_json(output.envelope("plan", plan.plan.to_dict() | {"stage": plan.stage.kind}))
+        facts = {"stage": plan.stage.kind, "source": plan.source.name, "here": plan.source.is_here}
+        output.print_json(output.envelope("plan", plan.plan.to_dict() | facts))
     elif dry_run:
         output.print_text(line)
     else:
         output.print_text(describe(plan.plan, line, plan.stage.description))
+        if not plan.source.is_here:
+            output.print_text(f"The model is not on this machine yet: {plan.source.pull_command}")

@@ -14,8 +14,9 @@ from pyllamarun.cli.options import PlanOptions
 from pyllamarun.errors import BinaryError, UsageError
 from pyllamarun.machine.cards import find_card, identify
 from pyllamarun.machine.host import read_memory
-from pyllamarun.models.gguf import Header, read_header
+from pyllamarun.models.gguf import Header
 from pyllamarun.models.skeleton import write_skeleton
+from pyllamarun.models.sources import Source, resolve
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused, parse_devices
 from pyllamarun.plan.request import Request, VirtualGpu, context_bytes, parse_budgets, parse_virtual_gpus
@@ -35,6 +36,7 @@ class Planned:
     """A plan, with what is needed to carry it out; the stage is there until the plan is left."""
 
     plan: Plan
+    source: Source
     header: Header
     binaries: Binaries
     stage: Stage
@@ -51,8 +53,11 @@ class Planned:
 
 @contextmanager
 def planned(options: PlanOptions) -> Iterator[Planned]:
-    """Raises what can go wrong on the way: UsageError, ModelError, DoesNotFit, Refused, BinaryError."""
-    header = read_header(options.model.expanduser())
+    """Raises what can go wrong on the way: UsageError, ModelError, DownloadError, DoesNotFit, Refused, BinaryError."""
+    source = resolve(options.model)
+    if any(argument in NEEDS_VOCABULARY for argument in options.passthrough):
+        source.check_here()
+    header = source.read_header()
     overhead_bytes = parse_size(options.overhead) if options.overhead is not None else None
     request = Request(
         context_tokens=options.context,
@@ -71,7 +76,7 @@ def planned(options: PlanOptions) -> Iterator[Planned]:
         with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder, open_probe(binaries, stage) as probe:
             ask = _Questions(probe, header, Path(folder) / "skeleton.gguf", rehearsals)
             plan = make_plan(header, request, devices, read_memory(), ask)
-        yield Planned(plan, header, binaries, stage, devices, rehearsals)
+        yield Planned(plan, source, header, binaries, stage, devices, rehearsals)
 
 
 class _Questions:

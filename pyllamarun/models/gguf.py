@@ -8,19 +8,18 @@ bounds are those of gguf_init_from_reader in ggml/src/gguf.cpp, or tighter.
 
 from __future__ import annotations
 
-import io
 import math
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from pyllamarun.errors import ModelError, UsageError
+from pyllamarun.models.cursor import MAX_HEADER_BYTES, MAX_TEXT_BYTES, Cursor, legible, unpack_length, unsound
 from pyllamarun.models.types import FILE_TYPES, TENSOR_TYPES, TensorType
-from pyllamarun.output import printable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -32,12 +31,14 @@ MAX_KEY_BYTES = (1 << 16) - 1  # the format's own limit
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_ELEMENTS = 1 << 62
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-MAX_HEADER_BYTES = 64 << 20  # a vocabulary of 200,000 tokens with its merges takes 13 MiB
-MAX_TEXT_BYTES = 8 << 20  # of keys, names and string values together: as Python's strings they may take four times that
 MAX_ALIGNMENT = 1 << 20
-MAX_SHOWN = 100  # characters of a name, where a person reads it
-CHUNK_BYTES = 1 << 20
 
+# What stands in place of a model now and then, by how it begins.
+IMPOSTORS = {
+    b"version https://git-lfs": "It is a Git-LFS pointer: the line that stands for a file which was not fetched.",
+    b"<!doctype": "It is a web page.",
+    b"<html": "It is a web page.",
+}
 
 # enum gguf_type: number -> struct format, for the types of fixed size.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -50,8 +51,6 @@ KEY_TYPES = {
     "split.no": UINT16, "split.count": UINT16, "split.tensors.count": INT32, "tokenizer.ggml.tokens": ARRAY,
     "block_count": UINT32, "context_length": UINT32,
 }  # fmt: skip
-
-_unpack_length = struct.Struct("<Q").unpack_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +73,16 @@ class Array:
     raw: bytes
 
     def values(self) -> list[Any]:
+        return self.first(self.count)
+
+    def first(self, count: int) -> list[Any]:
+        """The first elements, at most so many."""
+        count = min(count, self.count)
         if self.element_type != STRING:
-            return list(struct.unpack(f"<{self.count}{SCALARS[self.element_type]}", self.raw))
+            return list(struct.unpack_from(f"<{count}{SCALARS[self.element_type]}", self.raw))
         texts, position = [], 0
-        for _ in range(self.count):
-            (length,) = _unpack_length(self.raw, position)
+        for _ in range(count):
+            (length,) = unpack_length(self.raw, position)
             position += 8 + length
             texts.append(self.raw[position - length : position].decode("utf-8", "replace"))
         return texts
@@ -94,11 +98,21 @@ class Value:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself.  For a split model, `parts` are all its files and `tensors` those of all."""
+    """What a GGUF file says of itself.
+
+    For a split model, `parts` are all its files, `tensors` and `file_bytes` those of all.
+    """
 
     parts: tuple[Path, ...]
     metadata: Mapping[str, Value]
     tensors: tuple[Tensor, ...]
+    file_bytes: int
+
+    @property
+    def split_count(self) -> int:
+        """Of how many files it is one, by its own account; the key stands for itself, never after an architecture."""
+        count = self.metadata["split.count"].data if "split.count" in self.metadata else 0
+        return int(count)
 
     @property
     def path(self) -> Path:
@@ -119,7 +133,7 @@ class Header:
     @property
     def name(self) -> str:
         name = self.metadata.get("general.name")
-        return _shown(name.data if name and name.data else self.path.stem)
+        return legible(name.data if name and name.data else self.path.stem)
 
     @property
     def layers(self) -> int:
@@ -160,47 +174,56 @@ def read_header(path: Path) -> Header:
 
     Raises UsageError when there is no such file, and ModelError when it is not a sound GGUF file.
     """
-    first = _read_part(path)
-    count = first.metadata["split.count"].data if "split.count" in first.metadata else 0
+    return read_parts(path, _read_file)
+
+
+def read_parts(first_path: Path, read_part: Callable[[Path], Header], shown: Callable[[Path], str] = str) -> Header:
+    """The header of a model whose first part is named, from those of its parts, wherever `read_part` reads them.
+
+    `shown` is what messages call a part.  Raises ModelError, and what `read_part` raises.
+    """
+    first = read_part(first_path)
+    name = shown(first_path)
+    count = first.split_count
     if count > 1 and first.get("split.no", 0) != 0:
         raise ModelError(
-            f"{path} is not the first part of its split model.",
+            f"{name} is not the first part of its split model.",
             why=f"It says that it is part {first.get('split.no')} of {count}, counted from 0.",
             remedy="Name the first part; the others are found beside it.",
         )
     if not first.architecture:
-        _fail(path, "It does not say of which architecture it is.")
+        raise unsound(name, "It does not say of which architecture it is.")
     if count <= 1:
         return first
-    parts = [first] + [_read_part(p) for p in _split_paths(path, count)[1:]]
+    parts = [first] + [read_part(path) for path in split_paths(first_path, count, name)[1:]]
     for number, part in enumerate(parts):
         if part.get("split.no") != number or part.get("split.count") != count:
             raise ModelError(
-                f"{part.path} is not part {number + 1} of {count} of {path}.",
+                f"{shown(part.path)} is not part {number + 1} of {count} of {name}.",
                 why=f"It says that it is part {part.get('split.no')} of {part.get('split.count')}, counted from 0.",
                 remedy="Download the parts again, all from one source, without renaming them.",
             )
     tensors = tuple(tensor for part in parts for tensor in part.tensors)
-    _check_names(path, tensors)
+    _check_names(name, tensors)
     announced = first.get("split.tensors.count", len(tensors))
     if announced != len(tensors):
-        raise ModelError(f"{path}: the parts hold {len(tensors)} tensors, and the first announces {announced}.")
-    return Header(tuple(part.path for part in parts), first.metadata, tensors)
+        raise ModelError(f"{name}: the parts hold {len(tensors)} tensors, and the first announces {announced}.")
+    return Header(tuple(part.path for part in parts), first.metadata, tensors, sum(part.file_bytes for part in parts))
 
 
-def _split_paths(first: Path, count: int) -> list[Path]:
+def split_paths(first: Path, count: int, shown: str) -> list[Path]:
     """The names that llama_split_path gives: NAME-00001-of-00003.gguf."""
     suffix = f"-00001-of-{count:05d}.gguf"
     if not first.name.endswith(suffix):
         raise ModelError(
-            f"{first} is the first of {count} parts, but its name does not end in {suffix}.",
+            f"{shown} is the first of {count} parts, but its name does not end in {suffix}.",
             remedy="Give the parts the names that they were published under.",
         )
     stem = first.name[: -len(suffix)]
     return [first.with_name(f"{stem}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
 
 
-def _read_part(path: Path) -> Header:
+def _read_file(path: Path) -> Header:
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -216,16 +239,17 @@ def _read_part(path: Path) -> Header:
         raise UsageError(f"{path} cannot be read.", why=error.strerror or str(error)) from None
 
 
-def parse_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
-    """Parses one file's header from a stream at its start; `file_bytes` is the size of the whole file."""
-    cursor = _Cursor(file, path, min(file_bytes, MAX_HEADER_BYTES))
+def parse_header(file: BinaryIO, path: Path, file_bytes: int, shown: str = "") -> Header:
+    """Parses one file's header from a stream at its start; `file_bytes` is the size of the whole file.
+
+    `path` is where it lies, and `shown` what messages call it instead.  It reads forward only, and asks for
+    CHUNK_BYTES at once, or more where it knows that the header has as much; a stream may give less.
+    """
+    shown = shown or str(path)
+    cursor = Cursor(file, shown, min(file_bytes, MAX_HEADER_BYTES))
     magic = cursor.take(min(file_bytes, len(MAGIC)), "magic")
     if magic != MAGIC:
-        raise ModelError(
-            f"{path} is not a GGUF file.",
-            why=f"It begins with {magic!r} and not with {MAGIC!r}." if magic else "It is empty.",
-            remedy="Name a model in GGUF format; models in other formats must be converted first.",
-        )
+        raise _no_gguf(shown, magic, cursor.beginning())
     version = cursor.scalar("I", "version")
     if version not in VERSIONS:
         big_endian = int.from_bytes(struct.pack("<I", version), "big") in VERSIONS
@@ -233,27 +257,36 @@ def parse_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
     tensor_count = cursor.count("number of tensors", MAX_TENSORS)
     key_count = cursor.count("number of metadata keys", MAX_METADATA_KEYS)
     metadata = _read_metadata(cursor, key_count)
-    _check_metadata(path, metadata)
+    _check_metadata(shown, metadata)
     alignment = metadata["general.alignment"].data if "general.alignment" in metadata else DEFAULT_ALIGNMENT
     tensors = _read_tensors(cursor, tensor_count, alignment)
-    _check_names(path, tensors)
-    _check_data(path, tensors, file_bytes - _padded(cursor.position, alignment))
-    return Header((path,), metadata, tensors)
+    _check_names(shown, tensors)
+    _check_data(shown, tensors, file_bytes - _padded(cursor.position, alignment))
+    return Header((path,), metadata, tensors, file_bytes)
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
+def _no_gguf(shown: str, magic: bytes, beginning: bytes) -> ModelError:
+    why = f"It begins with {magic!r} and not with {MAGIC!r}." if magic else "It is empty."
+    remedy = "Name a model in GGUF format; models in other formats must be converted first."
+    for start, what in IMPOSTORS.items():
+        if beginning[:64].lstrip().lower().startswith(start):
+            why, remedy = what, "Download the model itself, and check the address or path."
+    return ModelError(f"{shown} is not a GGUF file.", why=why, remedy=remedy)
+
+
+def _read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
     metadata: dict[str, Value] = {}
     for _ in range(count):
         key = cursor.name("metadata key", MAX_KEY_BYTES)
-        shown = _shown(key)
+        name = legible(key)
         if key in metadata:
-            cursor.fail("metadata key", f'"{shown}" stands twice')
-        value_type = cursor.scalar("I", f"type of {shown}")
-        metadata[key] = Value(value_type, _read_value(cursor, value_type, shown))
+            cursor.fail("metadata key", f'"{name}" stands twice')
+        value_type = cursor.scalar("I", f"type of {name}")
+        metadata[key] = Value(value_type, _read_value(cursor, value_type, name))
     return metadata
 
 
-def _read_value(cursor: _Cursor, value_type: int, key: str) -> Any:
+def _read_value(cursor: Cursor, value_type: int, key: str) -> Any:
     if value_type in SCALARS:
         return cursor.scalar(SCALARS[value_type], key)
     if value_type == STRING:
@@ -269,38 +302,42 @@ def _read_value(cursor: _Cursor, value_type: int, key: str) -> Any:
     return Array(element_type, count, cursor.block(count * struct.calcsize(SCALARS[element_type]), key))
 
 
-def _check_metadata(path: Path, metadata: Mapping[str, Value]) -> None:
+def _check_metadata(shown: str, metadata: Mapping[str, Value]) -> None:
     """That the keys which are read here are what llama.cpp takes; it would refuse them, or abort."""
     architecture = metadata.get("general.architecture")
     prefix = f"{architecture.data}." if architecture else ""
     for short_key, expected in KEY_TYPES.items():
         key = short_key if "." in short_key else prefix + short_key
         if key in metadata and metadata[key].type != expected:
-            _fail(path, f"{_shown(key)} is of type {TYPE_NAMES[metadata[key].type]} and not {TYPE_NAMES[expected]}.")
+            raise unsound(
+                shown, f"{legible(key)} is of type {TYPE_NAMES[metadata[key].type]} and not {TYPE_NAMES[expected]}."
+            )
     alignment = metadata.get("general.alignment")
     if alignment and (alignment.data.bit_count() != 1 or alignment.data > MAX_ALIGNMENT):
-        _fail(path, f"general.alignment is {alignment.data}, which is no power of two of at most {MAX_ALIGNMENT}.")
+        raise unsound(
+            shown, f"general.alignment is {alignment.data}, which is no power of two of at most {MAX_ALIGNMENT}."
+        )
     layers = metadata.get(f"{prefix}block_count")
     if layers and not 0 < layers.data <= MAX_LAYERS:
-        _fail(path, f"{_shown(prefix)}block_count is {layers.data}, which is not between 1 and {MAX_LAYERS}.")
+        raise unsound(shown, f"{legible(prefix)}block_count is {layers.data}, which is not between 1 and {MAX_LAYERS}.")
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
+def _read_tensors(cursor: Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
     """The tensor table, in which the data of each tensor must begin where that of the one before ends, aligned."""
     tensors = []
     offset = 0
     for _ in range(count):
         tensor = _read_tensor(cursor)
         if tensor.offset != offset:
-            cursor.fail(f"offset of {_shown(tensor.name)}", f"it is {tensor.offset} and should be {offset}")
+            cursor.fail(f"offset of {legible(tensor.name)}", f"it is {tensor.offset} and should be {offset}")
         tensors.append(tensor)
         offset = _padded(offset + tensor.size_bytes, alignment)
     return tuple(tensors)
 
 
-def _read_tensor(cursor: _Cursor) -> Tensor:
+def _read_tensor(cursor: Cursor) -> Tensor:
     name = cursor.name("tensor name", MAX_NAME_BYTES)
-    shown = _shown(name)
+    shown = legible(name)
     dimensions = cursor.scalar("I", f"dimensions of {shown}")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         cursor.fail(f"dimensions of {shown}", f"{dimensions} is not between 1 and {MAX_DIMENSIONS}")
@@ -318,26 +355,26 @@ def _read_tensor(cursor: _Cursor) -> Tensor:
     return Tensor(name, tensor_type, shape, offset, tensor_type.size_bytes(elements))
 
 
-def _read_dimension(cursor: _Cursor, tensor: str) -> int:
+def _read_dimension(cursor: Cursor, tensor: str) -> int:
     dimension: int = cursor.scalar("q", f"shape of {tensor}")
     if dimension <= 0:
         cursor.fail(f"shape of {tensor}", f"{dimension} is not positive")
     return dimension
 
 
-def _check_names(path: Path, tensors: tuple[Tensor, ...]) -> None:
+def _check_names(shown: str, tensors: tuple[Tensor, ...]) -> None:
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
-            _fail(path, f'The tensor "{_shown(tensor.name)}" stands twice.')
+            raise unsound(shown, f'The tensor "{legible(tensor.name)}" stands twice.')
         seen.add(tensor.name)
 
 
-def _check_data(path: Path, tensors: tuple[Tensor, ...], data_bytes: int) -> None:
+def _check_data(shown: str, tensors: tuple[Tensor, ...], data_bytes: int) -> None:
     needed = tensors[-1].offset + tensors[-1].size_bytes if tensors else 0
     if needed > max(data_bytes, 0):
         raise ModelError(
-            f"{path} is incomplete.",
+            f"{shown} is incomplete.",
             why=f"Its tensors need {needed:,} bytes of data, and {max(data_bytes, 0):,} are there.",
             remedy="Download it again.",
         )
@@ -345,121 +382,3 @@ def _check_data(path: Path, tensors: tuple[Tensor, ...], data_bytes: int) -> Non
 
 def _padded(size_bytes: int, alignment: int) -> int:
     return -(-size_bytes // alignment) * alignment
-
-
-def _shown(name: str) -> str:
-    """A name from a file, as it may stand in a message."""
-    return printable(name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "…")
-
-
-def _fail(path: Path, why: str) -> NoReturn:
-    raise ModelError(
-        f"{path} is not a sound GGUF file.",
-        why=why,
-        remedy="Download it again, from the model's own publisher.",
-    )
-
-
-class _Cursor:
-    """Reads forward through a stream, keeping a chunk of it, never past `limit` bytes."""
-
-    def __init__(self, file: BinaryIO, path: Path, limit: int) -> None:
-        self._file = file
-        self._path = path
-        self._limit = limit
-        self._text_bytes = 0
-        self._chunk = b""
-        self._chunk_start = 0  # in the file
-        self._next = 0  # in the chunk
-        self._field_start = 0  # of the field that was read last
-
-    @property
-    def position(self) -> int:
-        return self._chunk_start + self._next
-
-    def fail(self, field: str, why: str) -> NoReturn:
-        _fail(self._path, f"{field} at byte {self._field_start}: {why}.")
-
-    def _check_room(self, count: int, field: str) -> None:
-        self._field_start = self.position
-        if count > self._limit - self.position:
-            too_large = f"the header is larger than {MAX_HEADER_BYTES} bytes"
-            self.fail(field, too_large if self._limit == MAX_HEADER_BYTES else "the file ends within it")
-
-    def _fill(self, count: int, field: str) -> None:
-        """Brings the next `count` bytes into the chunk."""
-        self._check_room(count, field)
-        while len(self._chunk) - self._next < count:
-            missing = count - (len(self._chunk) - self._next)
-            more = self._file.read(max(CHUNK_BYTES, missing))
-            if not more:
-                self.fail(field, "the file ends within it")
-            self._chunk_start = self.position
-            self._chunk, self._next = self._chunk[self._next :] + more, 0
-
-    def take(self, count: int, field: str) -> bytes:
-        self._fill(count, field)
-        self._next += count
-        return self._chunk[self._next - count : self._next]
-
-    def scalar(self, code: str, field: str) -> Any:
-        size = struct.calcsize(code)
-        self._fill(size, field)
-        self._next += size
-        return struct.unpack_from("<" + code, self._chunk, self._next - size)[0]
-
-    def count(self, field: str, limit: int) -> int:
-        value: int = self.scalar("Q", field)
-        if value > limit:
-            self.fail(field, f"{value} is more than {limit}")
-        return value
-
-    def text(self, field: str, limit: int) -> bytes:
-        length = self.count(f"length of {field}", limit)
-        self._text_bytes += length
-        if self._text_bytes > MAX_TEXT_BYTES:
-            self.fail(f"length of {field}", f"there are more than {MAX_TEXT_BYTES} bytes of text up to here")
-        return self.take(length, field)
-
-    def name(self, field: str, limit: int) -> str:
-        data = self.text(field, limit)
-        if not data:
-            self.fail(field, "it is empty")
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            self.fail(field, f'"{_shown(data.decode("utf-8", "replace"))}" is not UTF-8')
-
-    def block(self, count: int, field: str) -> bytes:
-        """`count` bytes, which may be many."""
-        kept = io.BytesIO()
-        self._copy(count, kept, field)
-        return kept.getvalue()
-
-    def strings(self, count: int, field: str) -> bytes:
-        """`count` strings with their lengths, as they stand in the file."""
-        self._check_room(8 * count, field)
-        kept = io.BytesIO()
-        while count:
-            self._fill(8, field)
-            number, end = _walk(self._chunk, self._next, count)
-            self._copy(end - self._next, kept, field)
-            count -= number
-        return kept.getvalue()
-
-    def _copy(self, count: int, target: io.BytesIO, field: str) -> None:
-        self._check_room(count, field)
-        while count:
-            self._fill(1, field)
-            count -= target.write(self.take(min(count, len(self._chunk) - self._next), field))
-
-
-def _walk(chunk: bytes, position: int, count: int) -> tuple[int, int]:
-    """Steps over at most `count` strings whose lengths are in the chunk: how many they are, and where the last ends."""
-    last = len(chunk) - 8
-    for number in range(count):
-        if position > last:
-            return number, position
-        (length,) = _unpack_length(chunk, position)
-        position += 8 + length
-    return count, position

@@ -43,7 +43,7 @@ def test_version_names_everything(binaries: Binaries) -> None:
 
 def test_help_lists_the_commands() -> None:
     result = run_cli("--help")
-    for command in ("doctor", "plan", "quantize", "run", "serve"):
+    for command in ("doctor", "list", "inspect", "plan", "quantize", "run", "serve"):
         assert re.search(rf"^  {command} +\w", result.stdout, re.MULTILINE)
 
 

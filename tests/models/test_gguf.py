@@ -167,6 +167,24 @@ def test_a_header_without_tensors_may_end_anywhere(tmp_path: Path) -> None:
     assert read_header(path).tensors == ()
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "It is a Git-LFS pointer"),
+        (b"  <!DOCTYPE html><html></html>", "It is a web page"),
+        (b"<html>", "It is a web page"),
+        (b"no", "It begins with b'no'"),
+        (b"", "It is empty"),
+    ],
+)
+def test_what_stands_in_place_of_a_model_is_told(content: bytes, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        read_header(path)
+    assert why in caught.value.why
+
+
 LONG = {
     "a string": gguf_file(key("k", STR, integers("Q", MAX_TEXT_BYTES))),
     "strings": gguf_file(*[key(f"{i}", STR, string("x" * (MAX_TEXT_BYTES // 8))) for i in range(9)]),

@@ -1,0 +1,54 @@
+"""Models that a server pretends to have: real headers, and data that is made up as it is asked for."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from misbehaving import RemoteContent
+
+from pyllamarun.models.gguf import ARRAY, DEFAULT_ALIGNMENT, STRING, UINT32, Array, Value
+from pyllamarun.models.skeleton import write_sparse
+from pyllamarun.models.types import TENSOR_TYPES, TensorType
+
+TYPES = {tensor_type.name: tensor_type for tensor_type in TENSOR_TYPES.values()}
+Tensors = list[tuple[str, TensorType, tuple[int, ...]]]
+
+
+def vocabulary(size: int) -> Value:
+    """As many tokens, of some ten bytes each."""
+    words = (f"token {number}".encode() for number in range(size))
+    return Value(ARRAY, Array(STRING, size, b"".join(struct.pack("<Q", len(word)) + word for word in words)))
+
+
+def content(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> RemoteContent:
+    """What a server has of a model; `path` is a file to make it with."""
+    write_sparse(path, metadata, tensors)
+    size = path.stat().st_size
+    sizes = (kind.size_bytes(math.prod(shape)) for _, kind, shape in tensors)
+    data = sum(-(-size_bytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT for size_bytes in sizes)
+    with path.open("rb") as file:
+        return RemoteContent(file.read(size - data), size)
+
+
+def small(path: Path, *, tokens: int = 0) -> RemoteContent:
+    """A model of one gibibyte of weights; its vocabulary makes the header large."""
+    metadata = {"general.architecture": Value(STRING, "llama"), "llama.block_count": Value(UINT32, 1)}
+    if tokens:
+        metadata["tokenizer.ggml.tokens"] = vocabulary(tokens)
+    return content(path, metadata, [("blk.0.ffn_up.weight", TYPES["Q8_0"], (32768, 32768))])
+
+
+def split(path: Path, metadata: Mapping[str, Value], tensors: Tensors, count: int) -> list[RemoteContent]:
+    """A model in parts: the metadata in the first, and each with its share of the tensors."""
+    uint16 = 2
+    share = -(-len(tensors) // count)
+    parts = []
+    for number in range(count):
+        own = {"split.no": Value(uint16, number), "split.count": Value(uint16, count)}
+        own["split.tensors.count"] = Value(5, len(tensors))
+        first = dict(metadata) if number == 0 else {}
+        parts.append(content(path, first | own, tensors[number * share : (number + 1) * share]))
+    return parts
