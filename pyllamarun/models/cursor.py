@@ -117,7 +117,7 @@ class Cursor:
         self._check_room(8 * count, field)
         kept = io.BytesIO()
         while count:
-            self._fill(8, field)
+            self._fill(8, field, 8 * count)
             number, end = _walk(self._chunk, self._next, count)
             self._copy(end - self._next, kept, field)
             count -= number

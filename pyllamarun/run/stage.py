@@ -14,6 +14,7 @@ from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, STANDIN, Binaries
 from pyllamarun.run.command import environment, exact_mib
 from pyllamarun.units import KIB, MIB
 
+STATE = "PYLLAMARUN_VIRTUAL_STATE"
 REAL, VIRTUAL, ON_STANDIN = "real", "virtual", "standin"
 
 _STANDIN_NAMES = ("libcudart.so.12", "libcudart.so.13", "libcublas.so.12", "libcublas.so.13", "libcublasLt.so.12",
@@ -81,7 +82,7 @@ class Stage:
         """What a process holds on each device of a stage that counts it: not the real one."""
         assert self.folder
         if self.kind == VIRTUAL:
-            rows = (map(int, line.split()) for line in _lines(self.folder / "virtual"))
+            rows = (map(int, line.split()) for line in _lines(Path(self.environment[STATE])))
             reserved = [int(float(mib) * MIB) for mib in self.environment["PYLLAMARUN_VIRTUAL_RESERVED"].split(",")]
             return tuple(
                 Usage(0, used - reserved[index], 0, peak - reserved[index], 0, 0) for index, used, _, peak in rows
@@ -108,7 +109,7 @@ def virtual_stage(binaries: Binaries, gpus: Sequence[VirtualGpu]) -> Iterator[St
     if binaries.build.backend != "cpu":
         shown += ["CUDA_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"]
     with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder:
-        variables = environment(binaries, gpus) | {"PYLLAMARUN_VIRTUAL_STATE": str(Path(folder) / "virtual")}
+        variables = {STATE: str(Path(folder) / "virtual")} | environment(binaries, gpus)  # the user's, where it is set
         stage = Stage(VIRTUAL, variables, shown=tuple(shown), folder=Path(folder))
         yield stage.knowing([gpu.card for gpu in gpus], binaries)
 
