@@ -10,7 +10,7 @@ import itertools
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -24,7 +24,7 @@ from pyllamarun.plan.probe import Answer, Probe
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.process import running
 from pyllamarun.run.stage import Stage, Usage, standin_stage
-from pyllamarun.units import MIB
+from pyllamarun.units import GIB, MIB
 
 pytestmark = pytest.mark.usefixtures("cuda_build")
 
@@ -115,7 +115,9 @@ Usages = Sequence[Usage]
 
 def after_prompts(case: Case, path: Path, binaries: Binaries, log: Path) -> tuple[Answer, Usages, Usages]:
     """The prediction, and what the server holds on each card when it is ready and after all prompts."""
-    with standin_stage(binaries, [find_card(card) for card in case.cards.split(";")], 0) as machine:
+    # The pool does not depend on how much memory there is; every case shall have enough.
+    cards = [replace(find_card(card), memory_bytes=256 * GIB) for card in case.cards.split(";")]
+    with standin_stage(binaries, cards, 0) as machine:
         answer = ask(machine, binaries, case.arguments(path))
         with serve(machine, binaries, case.arguments(path), log) as server:
             ready = machine.usage(server.process.pid)
