@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,22 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyllamarun.cli.planning import open_probe
 from pyllamarun.plan.probe import Answer, Probe
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import running
+from pyllamarun.run.server import free_port
+from pyllamarun.run.stage import Stage
 from pyllamarun.units import MIB
 
 SERVER_SECONDS = 120.0
 PYLLAMARUN = Path(sys.executable).with_name("pyllamarun")
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def run_cli(
@@ -116,6 +111,21 @@ class RunningServer:
 
     def peak_bytes(self) -> list[int]:
         return [device.peak_bytes for device in self.device_states()]
+
+
+def ask(stage: Stage, binaries: Binaries, arguments: Sequence[str]) -> Answer:
+    """The probe's answer on a stage."""
+    with open_probe(binaries, stage) as probe:
+        return probe.ask(arguments)
+
+
+@contextmanager
+def serve(stage: Stage, binaries: Binaries, arguments: Sequence[str], log: Path) -> Iterator[RunningServer]:
+    """A real llama-server on a stage, which need not become ready."""
+    port = free_port()
+    argv = [binaries.path("llama-server"), *arguments, "--port", str(port), "-fit", "off", "--no-warmup", "-t", "2"]
+    with log.open("w") as file, running(argv, stage.environment, stdout=file, stderr=file) as process:
+        yield RunningServer(process, port, Path("/dev/null"), log)
 
 
 class Machine:

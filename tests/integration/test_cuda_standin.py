@@ -13,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import RunningServer, free_port
+from harness import ask, serve
 
 from pyllamarun.machine.cards import Card, find_card
-from pyllamarun.plan.probe import Answer, Probe
 from pyllamarun.run.binaries import PROBE, Binaries
-from pyllamarun.run.process import running
 from pyllamarun.run.stage import Stage, standin_stage
 from pyllamarun.units import MIB
 
@@ -30,20 +28,6 @@ def standin(binaries: Binaries, *cards: str | Card, context_bytes: int = 0) -> I
     known = [find_card(card) if isinstance(card, str) else card for card in cards]
     with standin_stage(binaries, known, context_bytes) as stage:
         yield stage
-
-
-def ask(machine: Stage, binaries: Binaries, arguments: list[str]) -> Answer:
-    pipe = subprocess.PIPE
-    with running([binaries.path(PROBE)], machine.environment, stdin=pipe, stdout=pipe) as process:
-        return Probe(process).ask(arguments)
-
-
-@contextmanager
-def serve(machine: Stage, binaries: Binaries, arguments: list[str], log: Path) -> Iterator[RunningServer]:
-    port = free_port()
-    argv = [binaries.path("llama-server"), *arguments, "--port", str(port), "-fit", "off", "--no-warmup", "-t", "2"]
-    with log.open("w") as file, running(argv, machine.environment, stdout=file, stderr=file) as process:
-        yield RunningServer(process, port, Path("/dev/null"), log)
 
 
 def test_every_function_that_ggml_cuda_calls_is_there(binaries: Binaries) -> None:

@@ -7,9 +7,7 @@ most: ubatches of many sizes at the end of a full context, in one slot and in se
 from __future__ import annotations
 
 import itertools
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -17,19 +15,19 @@ from random import Random
 import pytest
 import shapes
 import synthetic
-from harness import RunningServer, free_port
+from harness import RunningServer, ask, serve
 
 from pyllamarun.machine.cards import find_card
-from pyllamarun.plan.probe import Answer, Probe
-from pyllamarun.run.binaries import PROBE, Binaries
-from pyllamarun.run.process import running
-from pyllamarun.run.stage import Stage, Usage, standin_stage
+from pyllamarun.plan.probe import Answer
+from pyllamarun.run.binaries import Binaries
+from pyllamarun.run.stage import Usage, standin_stage
 from pyllamarun.units import GIB, MIB
 
 pytestmark = pytest.mark.usefixtures("cuda_build")
 
 CARDS = ("GTX 1080", "V100", "RTX 2060", "RTX 3060", "RTX 4090")  # Pascal, Volta, Turing, Ampere, Ada
 BATCH = 2048  # llama-server's -b
+UNCACHED = ("--ctx-checkpoints", "0", "--cache-ram", "0")
 KEPT_FREE = 3  # tokens of a slot, for what is generated
 POOL_STEP = 2 * MIB  # in which the pool grows
 
@@ -74,23 +72,6 @@ class Case:
         return ["-m", str(path), "-ngl", "99", "-fa", self.flash_attention, "-ctk", self.kv, *values, *numbers, *draft]
 
 
-def ask(machine: Stage, binaries: Binaries, arguments: list[str]) -> Answer:
-    pipe = subprocess.PIPE
-    with running([binaries.path(PROBE)], machine.environment, stdin=pipe, stdout=pipe) as process:
-        return Probe(process).ask(arguments)
-
-
-@contextmanager
-def serve(machine: Stage, binaries: Binaries, arguments: list[str], log: Path) -> Iterator[RunningServer]:
-    port = free_port()
-    fixed = ["--port", str(port), "-fit", "off", "--no-warmup", "-t", "2", "--ctx-checkpoints", "0", "--cache-ram", "0"]
-    argv = [binaries.path("llama-server"), *arguments, *fixed]
-    with log.open("w") as file, running(argv, machine.environment, stdout=file, stderr=file) as process:
-        server = RunningServer(process, port, Path("/dev/null"), log)
-        server.wait_until_ready()
-        yield server
-
-
 def tokens(count: int, variant: int = 0) -> list[int]:
     return [3 + (i * (variant + 1) + variant) % 200 for i in range(count)]
 
@@ -119,7 +100,8 @@ def after_prompts(case: Case, path: Path, binaries: Binaries, log: Path) -> tupl
     cards = [replace(find_card(card), memory_bytes=256 * GIB) for card in case.cards.split(";")]
     with standin_stage(binaries, cards, 0) as machine:
         answer = ask(machine, binaries, case.arguments(path))
-        with serve(machine, binaries, case.arguments(path), log) as server:
+        with serve(machine, binaries, [*case.arguments(path), *UNCACHED], log) as server:
+            server.wait_until_ready()
             ready = machine.usage(server.process.pid)
             send_prompts(server, case, answer.slot_context_tokens)
             return answer, ready, machine.usage(server.process.pid)

@@ -7,7 +7,6 @@ ggml-cuda treats such a card.
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,11 +16,11 @@ from pathlib import Path
 import pytest
 import synthetic
 
+from pyllamarun.cli.planning import open_probe
 from pyllamarun.machine.cards import find_card
 from pyllamarun.plan.probe import Probe
 from pyllamarun.plan.request import VirtualGpu
-from pyllamarun.run.binaries import PROBE, Binaries
-from pyllamarun.run.process import running
+from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.stage import Stage, standin_stage, virtual_stage
 from pyllamarun.units import GIB
 
@@ -51,8 +50,7 @@ def twins(binaries: Binaries) -> Iterator[Callable[..., Twins]]:
     known: dict[tuple[str, ...], Twins] = {}
 
     def probe(stage: Stage) -> Probe:
-        argv, pipe = [binaries.path(PROBE)], subprocess.PIPE
-        return Probe(stack.enter_context(running(argv, stage.environment, stdin=pipe, stdout=pipe)))
+        return stack.enter_context(open_probe(binaries, stage))
 
     def of(names: tuple[str, ...]) -> Twins:
         if names not in known:
