@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from synthetic import Spec, add_metadata, add_vocabulary, attention, common, experts, feed_forward
+from synthetic import Spec, add_metadata, add_vocabulary, attention, common, experts, feed_forward, with_oss_experts
 
 from pyllamarun.models.types import TENSOR_TYPES
 
@@ -91,27 +91,9 @@ def qwen3_32b(layers: int = 2) -> Spec:
 
 
 def gpt_oss_120b(layers: int = 2) -> Spec:
-    """Every second layer attends to the last 128 tokens only."""
     spec = Spec("gpt-oss", n_layer=layers, n_embd=2880, n_ff=2880, n_head=64, n_head_kv=8, head_dim=64)
     common(spec, n_vocab=N_VOCAB)
-    count, width = 128, 2880
-    spec.metadata |= {
-        "attention.sliding_window": 128,
-        "expert_count": count,
-        "expert_used_count": 4,
-        "expert_feed_forward_length": width,
-    }
-    for i in range(spec.n_layer):
-        attention(spec, i, bias=True)
-        spec.block(i, "attn_output.bias", spec.n_embd)
-        spec.block(i, "post_attention_norm.weight", spec.n_embd)
-        spec.block(i, "attn_sinks.weight", spec.n_head)
-        experts(spec, i, count, width, type="MXFP4")
-        spec.block(i, "ffn_gate_inp.bias", count)
-        spec.block(i, "ffn_gate_exps.bias", width, count, type="F32")
-        spec.block(i, "ffn_up_exps.bias", width, count, type="F32")
-        spec.block(i, "ffn_down_exps.bias", spec.n_embd, count, type="F32")
-    return spec
+    return with_oss_experts(spec, count=128, used=4, width=2880)
 
 
 SHAPES: dict[str, Callable[..., Spec]] = {

@@ -251,11 +251,15 @@ def deepseek2() -> Spec:
 def gpt_oss() -> Spec:
     spec = Spec("gpt-oss", n_layer=6)
     common(spec)
-    width = 256
+    return with_oss_experts(spec, count=8, used=2, width=256)
+
+
+def with_oss_experts(spec: Spec, *, count: int, used: int, width: int) -> Spec:
+    """gpt-oss's layers: every second one attends to the last 128 tokens only; experts with biases."""
     spec.metadata |= {
         "attention.sliding_window": 128,
-        "expert_count": 8,
-        "expert_used_count": 2,
+        "expert_count": count,
+        "expert_used_count": used,
         "expert_feed_forward_length": width,
     }
     for i in range(spec.n_layer):
@@ -263,11 +267,11 @@ def gpt_oss() -> Spec:
         spec.block(i, "attn_output.bias", spec.n_embd)
         spec.block(i, "post_attention_norm.weight", spec.n_embd)
         spec.block(i, "attn_sinks.weight", spec.n_head)
-        experts(spec, i, 8, width, type="MXFP4")
-        spec.block(i, "ffn_gate_inp.bias", 8)
-        spec.block(i, "ffn_gate_exps.bias", width, 8, type="F32")
-        spec.block(i, "ffn_up_exps.bias", width, 8, type="F32")
-        spec.block(i, "ffn_down_exps.bias", spec.n_embd, 8, type="F32")
+        experts(spec, i, count, width, type="MXFP4")
+        spec.block(i, "ffn_gate_inp.bias", count)
+        spec.block(i, "ffn_gate_exps.bias", width, count, type="F32")
+        spec.block(i, "ffn_up_exps.bias", width, count, type="F32")
+        spec.block(i, "ffn_down_exps.bias", spec.n_embd, count, type="F32")
     return spec
 
 
