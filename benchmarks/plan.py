@@ -20,12 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import llama_70b_header
 
-from pyllamarun.cli.planning import open_probe
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import find_binaries
-from pyllamarun.run.stage import virtual_stage
+from pyllamarun.run.stage import open_probe, virtual_stage
 from pyllamarun.units import GIB
 
 RUNS = 9

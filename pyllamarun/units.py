@@ -45,3 +45,18 @@ def format_size(size_bytes: int) -> str:
     if abs(size_bytes) >= KIB:
         return f"{size_bytes / KIB:.0f} KiB"
     return f"{size_bytes} B"
+
+
+def parse_bandwidth(text: str) -> int:
+    """Bytes per second that `text` means: "51.2GB/s", "48 GiB/s"; UsageError for anything else."""
+    amount = re.fullmatch(r"(.*[0-9A-Za-z])\s*(?:/\s*s|ps)", text.strip(), re.IGNORECASE | re.DOTALL)
+    try:
+        bytes_per_second = parse_size(amount[1]) if amount else 0
+    except UsageError:
+        bytes_per_second = 0
+    if bytes_per_second <= 0:
+        raise UsageError(
+            f'"{text}" is no bandwidth.',
+            remedy="Write a number and a unit: 51.2GB/s for two channels of DDR4-3200, 25.6GB/s for one.",
+        )
+    return bytes_per_second

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyllamarun.cli.planning import open_probe
 from pyllamarun.plan.probe import Answer, Probe
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import running
 from pyllamarun.run.server import free_port
-from pyllamarun.run.stage import Stage
+from pyllamarun.run.stage import Stage, open_probe
 from pyllamarun.units import MIB
 
 SERVER_SECONDS = 120.0

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import click
 
-from pyllamarun.cli.options import as_json, gpu, virtual_gpu
+from pyllamarun.cli.options import MachineOptions, as_json, machine
 
 
 @click.command(name="doctor", short_help="What this machine has, and what it lacks.")
-@gpu
-@virtual_gpu
+@machine
 @as_json
-def command(gpu: str | None, virtual_gpu: str | None, as_json: bool) -> int:
+def command(machine: MachineOptions, as_json: bool) -> int:
     """Looks at GPUs, RAM, CPU, disk and the llama.cpp programs.  Exits with 5 when something is broken."""
     import re
     import sys
     from dataclasses import asdict
 
     from pyllamarun import output, paths
-    from pyllamarun.cli.planning import list_devices, open_stage
+    from pyllamarun.cli.planning import wanted_machine
     from pyllamarun.errors import BinaryError
     from pyllamarun.machine.gpu import read_survey, survey_gpus
     from pyllamarun.machine.host import read_cpu, read_disk, read_memory
@@ -26,14 +25,14 @@ def command(gpu: str | None, virtual_gpu: str | None, as_json: bool) -> int:
     from pyllamarun.run.binaries import find_binaries
     from pyllamarun.run.command import environment
     from pyllamarun.run.process import output_of
-    from pyllamarun.run.stage import ON_STANDIN
+    from pyllamarun.run.stage import ON_STANDIN, list_devices, open_stage
 
     memory, cpu, disk = read_memory(), read_cpu(), read_disk(paths.models_folder())
     survey = survey_gpus()
     rows: list[checkup.Row] = []
     try:
         binaries = find_binaries()
-        with open_stage(binaries, gpu, virtual_gpu) as stage:
+        with open_stage(binaries, wanted_machine(machine)) as stage:
             devices = list_devices(binaries, stage)
             if stage.kind == ON_STANDIN:  # as its NVML shows it, to a process that finds that one
                 _, text = output_of([sys.executable, "-m", "pyllamarun.machine.gpu"], stage.environment)

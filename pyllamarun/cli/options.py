@@ -16,17 +16,19 @@ Function = Callable[..., Any]
 # llama.cpp's arguments that have their own place on our command line.
 OURS = ("-m", "--model", "-c", "--ctx-size", "-np", "--parallel", "--host", "--port", "-p", "--prompt", "-fit", "--fit")
 
-virtual_gpu = click.option(
-    "--virtual-gpu", metavar="SIZE[,SIZE]", default=None,
-    help="Cards that are not here: virtual GPUs of these sizes, which compute on the CPU.",
-)  # fmt: skip
-gpu = click.option(
-    "--gpu", metavar="NAME[,NAME]", default=None,
-    help="Cards that are not here, by name: 'RTX 3060'.  In a build with CUDA, llama.cpp's own CUDA backend runs on a "
-    "stand-in for them; in one without, they are virtual GPUs of that size.",
-)  # fmt: skip
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the llama.cpp command line and do nothing.")
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What was said of a machine that is not this one."""
+
+    file: str | None
+    gpu: str | None
+    virtual_gpu: str | None
+    ram_bandwidth: str | None
+    cores: int | None
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,44 @@ class PlanOptions:
     """What the shared planning options said."""
 
     model: str
+    machine: MachineOptions
     vram: str | None
     context: int
     slots: int
     overhead: str | None
-    virtual_gpu: str | None
-    gpu: str | None
     force: bool
     passthrough: tuple[str, ...]
+
+
+def machine(function: Function) -> Function:
+    """Adds the options that describe a machine; passes them as one `machine`."""
+
+    @click.option(
+        "--machine", "machine_file", metavar="FILE.toml", default=None,
+        help="A machine that is not this one: gpus, ram, ram_bandwidth, cores.",
+    )  # fmt: skip
+    @click.option(
+        "--gpu", metavar="NAME[,NAME]", default=None,
+        help="Cards that are not here, by name: 'RTX 3060'.  In a build with CUDA, llama.cpp's own CUDA backend runs "
+        "on a stand-in for them; in one without, they are virtual GPUs of that size.",
+    )  # fmt: skip
+    @click.option(
+        "--virtual-gpu", metavar="SIZE[,SIZE]", default=None,
+        help="Cards that are not here: virtual GPUs of these sizes, which compute on the CPU.",
+    )  # fmt: skip
+    @click.option(
+        "--ram-bandwidth", metavar="SPEED", default=None,
+        help="Nominal bandwidth of RAM, all channels together: 51.2GB/s.  Default: as measured here, or assumed.",
+    )  # fmt: skip
+    @click.option("--cores", type=click.IntRange(1, 4096), default=None, help="Physical cores of that machine.")
+    @functools.wraps(function)
+    def wrapper(
+        machine_file: str | None, gpu: str | None, virtual_gpu: str | None, ram_bandwidth: str | None,
+        cores: int | None, **others: Any,
+    ) -> Any:  # fmt: skip
+        return function(machine=MachineOptions(machine_file, gpu, virtual_gpu, ram_bandwidth, cores), **others)
+
+    return wrapper
 
 
 def planning(function: Function) -> Function:
@@ -64,13 +96,12 @@ def planning(function: Function) -> Function:
         help="What the process holds on each GPU besides llama.cpp's buffers.  Default: a CUDA context, assumed to be "
         "300MiB, and the scratch memory that ggml-cuda will take.",
     )  # fmt: skip
-    @gpu
-    @virtual_gpu
+    @machine
     @click.option("--force", is_flag=True, help="Go on with what does not fit.")
     @functools.wraps(function)
     def wrapper(
-        model: str, passthrough: tuple[str, ...], vram: str | None, context: int, slots: int, overhead: str | None,
-        virtual_gpu: str | None, gpu: str | None, force: bool, **others: Any,
+        model: str, passthrough: tuple[str, ...], machine: MachineOptions, vram: str | None, context: int, slots: int,
+        overhead: str | None, force: bool, **others: Any,
     ) -> Any:  # fmt: skip
         if passthrough and not passthrough[0].startswith("-"):
             raise UsageError(
@@ -83,7 +114,7 @@ def planning(function: Function) -> Function:
                     f"{word} cannot stand after `--`.",
                     remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
                 )
-        options = PlanOptions(model, vram, context, slots, overhead, virtual_gpu, gpu, force, passthrough)
+        options = PlanOptions(model, machine, vram, context, slots, overhead, force, passthrough)
         return function(options=options, **others)
 
     return wrapper

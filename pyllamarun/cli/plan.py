@@ -25,11 +25,11 @@ def command(options: PlanOptions, as_json: bool, dry_run: bool) -> None:
     with planned(options) as plan:
         line = plan.shell_line(plan.argv("llama-server"))
     if as_json:
-        facts = {"stage": plan.stage.kind, "source": plan.source.name, "here": plan.source.is_here}
+        facts = {"stage": plan.stage.kind, "source": plan.model.source.name, "here": plan.model.source.is_here}
         output.print_json(output.envelope("plan", plan.plan.to_dict() | facts))
     elif dry_run:
         output.print_text(line)
     else:
         output.print_text(describe(plan.plan, line, plan.stage.description))
-        if not plan.source.is_here:
-            output.print_text(f"The model is not on this machine yet: {plan.source.pull_command}")
+        if not plan.model.source.is_here:
+            output.print_text(f"The model is not on this machine yet: {plan.model.source.pull_command}")

@@ -1,47 +1,42 @@
-"""From options to a plan: reads the model, sets the stage, asks the probe.  Imported only when a command runs."""
+"""From a command's options to a plan.  Imported only when a command runs."""
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyllamarun import paths
-from pyllamarun.cli.options import PlanOptions
-from pyllamarun.errors import BinaryError, UsageError
-from pyllamarun.machine.cards import find_card, identify
-from pyllamarun.machine.host import read_memory
-from pyllamarun.models.gguf import Header
-from pyllamarun.models.skeleton import write_skeleton
-from pyllamarun.models.sources import Source, resolve
-from pyllamarun.plan.plan import Plan, make_plan
-from pyllamarun.plan.probe import Answer, Device, Probe, Refused, parse_devices
-from pyllamarun.plan.request import Request, VirtualGpu, context_bytes, parse_budgets, parse_virtual_gpus
-from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
+from pyllamarun.cli.options import MachineOptions, PlanOptions
+from pyllamarun.errors import UsageError
+from pyllamarun.machine.machine import Machine
+from pyllamarun.models.model import Model
+from pyllamarun.models.sources import resolve
+from pyllamarun.plan.plan import Plan
+from pyllamarun.plan.request import Request, make_request
+from pyllamarun.planner import NEEDS_VOCABULARY, Planner
+from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.command import shell_line
-from pyllamarun.run.process import output_of, running
-from pyllamarun.run.rehearsal import Rehearsals
-from pyllamarun.run.stage import REAL, Stage, real_stage, standin_stage, virtual_stage
+from pyllamarun.run.stage import Stage
 from pyllamarun.units import parse_size
-
-# Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.
-NEEDS_VOCABULARY = ("-bs", "--backend-sampling")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, with what is needed to carry it out; the stage is there until the plan is left."""
+    """A plan, with what is needed to carry it out; the planner's stage is there until the plan is left."""
 
     plan: Plan
-    source: Source
-    header: Header
-    binaries: Binaries
-    stage: Stage
-    devices: tuple[Device, ...]
-    rehearsals: Rehearsals
+    model: Model
+    request: Request
+    planner: Planner
+
+    @property
+    def stage(self) -> Stage:
+        return self.planner.stage
+
+    @property
+    def binaries(self) -> Binaries:
+        return self.planner.binaries
 
     def argv(self, program: str, *more: str) -> list[str]:
         """The plan's arguments for llama-server or llama-cli."""
@@ -54,81 +49,35 @@ class Planned:
 @contextmanager
 def planned(options: PlanOptions) -> Iterator[Planned]:
     """Raises what can go wrong on the way: UsageError, ModelError, DownloadError, DoesNotFit, Refused, BinaryError."""
+    request = make_request(
+        vram=options.vram,
+        context=options.context,
+        slots=options.slots,
+        overhead=options.overhead,
+        arguments=options.passthrough,
+        force=options.force,
+    )
     source = resolve(options.model)
     if any(argument in NEEDS_VOCABULARY for argument in options.passthrough):
         source.check_here()
-    header = source.read_header()
-    overhead_bytes = parse_size(options.overhead) if options.overhead is not None else None
-    request = Request(
-        context_tokens=options.context,
-        slots=options.slots,
-        budgets=parse_budgets(options.vram) if options.vram is not None else (),
-        overhead_bytes=overhead_bytes,
-        passthrough=options.passthrough,
-        force=options.force,
-    )
-    binaries = find_binaries()
-    with open_stage(binaries, options.gpu, options.virtual_gpu, overhead_bytes) as stage:
-        devices = list_devices(binaries, stage)
-        if stage.kind == REAL:
-            stage = stage.knowing([identify(device.description, device.total_bytes) for device in devices], binaries)
-        rehearsals = Rehearsals(paths.state_folder() / "rehearsals", header, stage, binaries.build)
-        with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder, open_probe(binaries, stage) as probe:
-            ask = _Questions(probe, header, Path(folder) / "skeleton.gguf", rehearsals)
-            plan = make_plan(header, request, devices, read_memory(), ask)
-        yield Planned(plan, source, header, binaries, stage, devices, rehearsals)
+    with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
+        model = Model(source, source.read_header())
+        plan = planner.plan(model, request)
+        planner.free_gpus()
+        yield Planned(plan, model, request, planner)
 
 
-class _Questions:
-    """Asks the probe about a model by its skeleton, and takes into account what rehearsals of it have shown."""
-
-    def __init__(self, probe: Probe, header: Header, skeleton: Path, rehearsals: Rehearsals) -> None:
-        self._probe, self._rehearsals = probe, rehearsals
-        self._model, self._skeleton = str(header.path), str(write_skeleton(header, skeleton))
-
-    def __call__(self, arguments: Sequence[str]) -> Answer:
-        return self._rehearsals.applied(arguments, self._answer(arguments))
-
-    def _answer(self, arguments: Sequence[str]) -> Answer:
-        if any(argument in NEEDS_VOCABULARY for argument in arguments):
-            return self._probe.ask(arguments)
-        try:
-            return self._probe.ask(["-m", self._skeleton, *arguments[2:]])
-        except Refused as error:
-            what, why = (text.replace(self._skeleton, self._model) for text in (error.what, error.why))
-            raise Refused(what, why=why) from None
-
-
-def open_stage(
-    binaries: Binaries, gpu: str | None, virtual_gpu: str | None, overhead_bytes: int | None = None
-) -> AbstractContextManager[Stage]:
-    """The stage that --gpu and --virtual-gpu ask for.  A card that is not here holds a context, as a real one would."""
-    if gpu is not None and virtual_gpu is not None:
+def wanted_machine(options: MachineOptions) -> Machine:
+    """The machine that --machine, --gpu and the like describe; this one where they do not."""
+    if options.gpu is not None and options.virtual_gpu is not None:
         raise UsageError("--gpu and --virtual-gpu exclude each other.", remedy="Name cards or give sizes.")
-    context = context_bytes(overhead_bytes)
-    if gpu is not None:
-        cards = [find_card(name) for name in gpu.split(",")]
-        if binaries.build.backend == "cuda":
-            return standin_stage(binaries, cards, context)
-        return virtual_stage(
-            binaries, [VirtualGpu(card.memory_bytes, card.reserved_bytes + context, card) for card in cards]
-        )
-    if virtual_gpu is not None:
-        return virtual_stage(binaries, parse_virtual_gpus(virtual_gpu, context))
-    return real_stage(binaries)
-
-
-def list_devices(binaries: Binaries, stage: Stage) -> tuple[Device, ...]:
-    """The GPUs that llama.cpp would see."""
-    status, text = output_of([binaries.path(PROBE), "--devices"], stage.environment)
-    lines = [line for line in text.splitlines() if line.startswith("[")]
-    if status != 0 or not lines:
-        raise BinaryError("llama.cpp cannot list its devices.", why=text.strip(), remedy="Run `pyllamarun doctor`.")
-    return parse_devices(lines[-1])
-
-
-@contextmanager
-def open_probe(binaries: Binaries, stage: Stage) -> Iterator[Probe]:
-    argv, pipe = [binaries.path(PROBE)], subprocess.PIPE
-    with running(argv, stage.environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
-        yield Probe(process)
+    if options.virtual_gpu is not None:
+        for text in options.virtual_gpu.split(","):
+            parse_size(text)
+    gpus = options.gpu if options.gpu is not None else options.virtual_gpu
+    said = Machine.of(gpus=gpus, ram_bandwidth=options.ram_bandwidth, cores=options.cores)
+    if options.file is None:
+        return said
+    machine = Machine.read(Path(options.file).expanduser())
+    changes = {name: value for name, value in vars(said).items() if value not in (None, "")}
+    return replace(machine, **changes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pyllamarun.cli.options import as_json, dry_run, virtual_gpu
+from pyllamarun.cli.options import as_json, dry_run
 
 
 @click.command(name="quantize", short_help="Make a smaller file of a model.")
@@ -16,7 +16,6 @@ from pyllamarun.cli.options import as_json, dry_run, virtual_gpu
 @click.argument("type_name", metavar="TYPE")
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), default=None, help="The file to write.")
 @click.option("-t", "--threads", type=click.IntRange(min=1), default=None, help="Default: the physical cores.")
-@virtual_gpu
 @as_json
 @dry_run
 def command(
@@ -24,7 +23,6 @@ def command(
     type_name: str,
     target: Path | None,
     threads: int | None,
-    virtual_gpu: str | None,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -42,7 +40,6 @@ def command(
     from pyllamarun.models import quantize as quantizing
     from pyllamarun.models.gguf import read_header
     from pyllamarun.models.skeleton import write_skeleton
-    from pyllamarun.plan.request import parse_virtual_gpus
     from pyllamarun.run.binaries import find_binaries
     from pyllamarun.run.command import environment
     from pyllamarun.run.process import output_of, running
@@ -50,7 +47,7 @@ def command(
 
     binaries = find_binaries()
     quantizer = binaries.path("llama-quantize")
-    variables = environment(binaries, parse_virtual_gpus(virtual_gpu, 0) if virtual_gpu else ())
+    variables = environment(binaries, virtual_gpus=())
 
     def start(argv: Sequence[str]) -> AbstractContextManager[subprocess.Popen[str]]:
         return running(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -47,18 +47,18 @@ def command(options: PlanOptions, for_real: bool, as_json: bool) -> int:
         stage = plan.stage.hollow(plan.binaries)
         port = free_port()
         with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder:
-            skeleton = write_skeleton(plan.header, Path(folder) / "model.gguf", servable=True)
+            skeleton = write_skeleton(plan.model.header, Path(folder) / "model.gguf", servable=True)
             argv = plan.argv("llama-server", "--host", "127.0.0.1", "--port", str(port))
             argv[argv.index("-m") + 1] = str(skeleton)
             meter = (
-                DriverMeter(driver_usage(survey_gpus, plan.devices), plan.plan.devices)
+                DriverMeter(driver_usage(survey_gpus, plan.planner.devices), plan.plan.devices)
                 if for_real
                 else StageMeter(stage)
             )
             with output.status("rehearsing") as show:
                 result = rehearse(running, argv, port, plan.plan, stage, meter, show, lambda _: None)
         if not for_real:
-            plan.rehearsals.put(plan.plan.argv[1:], result)
+            plan.planner.rehearsals(plan.model.header).put(plan.plan.argv[1:], result)
     if as_json:
         output.print_json(output.envelope("rehearse", asdict(result) | {"fits": result.fits}))
     else:

@@ -66,6 +66,26 @@ class Request:
     force: bool = False
 
 
+def make_request(
+    *,
+    vram: str | None = None,
+    context: int = DEFAULT_CONTEXT_TOKENS,
+    slots: int = 1,
+    overhead: str | None = None,
+    arguments: Sequence[str] = (),
+    force: bool = False,
+) -> Request:
+    """A request from what a person would write: vram="11.5GiB" or "11GiB,7GiB", arguments=["-ctk", "q8_0"]."""
+    return Request(
+        context_tokens=context,
+        slots=slots,
+        budgets=parse_budgets(vram) if vram is not None else (),
+        overhead_bytes=parse_size(overhead) if overhead is not None else None,
+        passthrough=tuple(arguments),
+        force=force,
+    )
+
+
 def context_bytes(overhead_bytes: int | None) -> int:
     """The part of the overhead that a process holds from the start: the context, of at most all that was given."""
     return ASSUMED_CONTEXT_BYTES if overhead_bytes is None else min(ASSUMED_CONTEXT_BYTES, overhead_bytes)
@@ -87,15 +107,6 @@ def _parse_budget(text: str) -> Budget:
     if text.lower().startswith("max-"):
         return Budget("max", parse_size(text[4:]))
     return Budget("bytes", parse_size(text))
-
-
-def parse_virtual_gpus(text: str, reserved_bytes: int) -> tuple[VirtualGpu, ...]:
-    """Virtual cards: "12GiB" or "12GiB,8GiB"."""
-    gpus = tuple(VirtualGpu(parse_size(part), reserved_bytes) for part in text.split(","))
-    for gpu in gpus:
-        if not MIB <= gpu.total_bytes < 1 << 50:
-            raise UsageError(f'"{text}" is no list of virtual GPUs.', remedy="Write sizes such as 12GiB or 12GiB,8GiB.")
-    return gpus
 
 
 def has_option(arguments: Sequence[str], *names: str) -> bool:

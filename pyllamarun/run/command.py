@@ -12,21 +12,22 @@ from pyllamarun.run.binaries import VIRTUAL_GPU, Binaries
 from pyllamarun.units import MIB
 
 
-def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] = ()) -> dict[str, str]:
-    """This process's environment, for a llama.cpp program; with virtual GPUs, they are the only cards it sees.
+def environment(binaries: Binaries, virtual_gpus: Sequence[VirtualGpu] | None = None) -> dict[str, str]:
+    """This process's environment, for a llama.cpp program; with virtual GPUs, or none, they are all the cards it sees.
 
     Without LLAMA_ARG_*, which would add arguments that no plan shows.
     """
     result = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
     result["GGML_NO_BACKTRACE"] = "1"  # llama.cpp would attach a debugger to itself when it aborts
     result.pop("GGML_BACKEND_PATH", None)
+    if virtual_gpus is not None:
+        result["CUDA_VISIBLE_DEVICES"] = ""
+        result["GGML_VK_VISIBLE_DEVICES"] = ""
     if virtual_gpus:
         result["GGML_BACKEND_PATH"] = str(binaries.path(VIRTUAL_GPU))
         result["PYLLAMARUN_VIRTUAL_GPUS"] = ",".join(exact_mib(gpu.total_bytes) for gpu in virtual_gpus)
         result["PYLLAMARUN_VIRTUAL_RESERVED"] = ",".join(exact_mib(gpu.reserved_bytes) for gpu in virtual_gpus)
         result["PYLLAMARUN_VIRTUAL_NAMES"] = ";".join(gpu.name for gpu in virtual_gpus)
-        result["CUDA_VISIBLE_DEVICES"] = ""
-        result["GGML_VK_VISIBLE_DEVICES"] = ""
     return result
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pyllamarun.errors import BinaryError
 from pyllamarun.machine.cards import Card
-from pyllamarun.plan.request import VirtualGpu
-from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, STANDIN, Binaries
+from pyllamarun.machine.machine import Machine
+from pyllamarun.plan.probe import Device, Probe, parse_devices
+from pyllamarun.plan.request import VirtualGpu, context_bytes
+from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, PROBE, STANDIN, Binaries
 from pyllamarun.run.command import environment, exact_mib
+from pyllamarun.run.process import output_of, running
 from pyllamarun.units import KIB, MIB
 
 STATE = "PYLLAMARUN_VIRTUAL_STATE"
@@ -105,7 +110,7 @@ def real_stage(binaries: Binaries) -> Iterator[Stage]:
 
 @contextmanager
 def virtual_stage(binaries: Binaries, gpus: Sequence[VirtualGpu]) -> Iterator[Stage]:
-    shown = ["GGML_BACKEND_PATH", "PYLLAMARUN_VIRTUAL_GPUS", "PYLLAMARUN_VIRTUAL_RESERVED"]
+    shown = ["GGML_BACKEND_PATH", "PYLLAMARUN_VIRTUAL_GPUS", "PYLLAMARUN_VIRTUAL_RESERVED"] if gpus else []
     if binaries.build.backend != "cpu":
         shown += ["CUDA_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"]
     with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder:
@@ -136,6 +141,41 @@ def standin_stage(binaries: Binaries, cards: Sequence[Card], context_bytes: int)
         }
         variables.pop("CUDA_VISIBLE_DEVICES", None)
         yield Stage(ON_STANDIN, variables, folder=folder).knowing(cards, binaries)
+
+
+def open_stage(
+    binaries: Binaries, machine: Machine, overhead_bytes: int | None = None
+) -> AbstractContextManager[Stage]:
+    """The stage for a machine.  A card that is not here holds a context, as a real one would."""
+    if machine.gpus is None:
+        return real_stage(binaries)
+    context = context_bytes(overhead_bytes)
+    cards = [gpu for gpu in machine.gpus if isinstance(gpu, Card)]
+    if cards and len(cards) == len(machine.gpus) and binaries.build.backend == "cuda":
+        return standin_stage(binaries, cards, context)
+    return virtual_stage(binaries, [_virtual(gpu, context) for gpu in machine.gpus])
+
+
+def _virtual(gpu: Card | int, context: int) -> VirtualGpu:
+    if isinstance(gpu, Card):
+        return VirtualGpu(gpu.memory_bytes, gpu.reserved_bytes + context, gpu)
+    return VirtualGpu(gpu, context)
+
+
+def list_devices(binaries: Binaries, stage: Stage) -> tuple[Device, ...]:
+    """The GPUs that llama.cpp would see."""
+    status, text = output_of([binaries.path(PROBE), "--devices"], stage.environment)
+    lines = [line for line in text.splitlines() if line.startswith("[")]
+    if status != 0 or not lines:
+        raise BinaryError("llama.cpp cannot list its devices.", why=text.strip(), remedy="Run `pyllamarun doctor`.")
+    return parse_devices(lines[-1])
+
+
+@contextmanager
+def open_probe(binaries: Binaries, stage: Stage) -> Iterator[Probe]:
+    argv, pipe = [binaries.path(PROBE)], subprocess.PIPE
+    with running(argv, stage.environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        yield Probe(process)
 
 
 def _standin_line(card: Card) -> str:

@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from pyllamarun.cli.planning import open_probe
 from pyllamarun.machine.cards import find_card
 from pyllamarun.plan.probe import Probe
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import Binaries
-from pyllamarun.run.stage import Stage, standin_stage, virtual_stage
+from pyllamarun.run.stage import Stage, open_probe, standin_stage, virtual_stage
 from pyllamarun.units import GIB
 
 pytestmark = pytest.mark.usefixtures("cuda_build")

@@ -1,11 +1,11 @@
-"""Sizes, budgets, virtual GPUs and fixed values, as tables."""
+"""Sizes, budgets and fixed values, as tables."""
 
 from __future__ import annotations
 
 import pytest
 
 from pyllamarun.errors import UsageError
-from pyllamarun.plan.request import Budget, fixed_value, parse_budgets, parse_virtual_gpus
+from pyllamarun.plan.request import Budget, fixed_value, parse_budgets
 from pyllamarun.units import GIB, MIB, format_size, parse_size
 
 
@@ -64,14 +64,6 @@ def test_a_budget_for_each_gpu() -> None:
 def test_what_is_no_budget(text: str) -> None:
     with pytest.raises(UsageError):
         parse_budgets(text)
-
-
-def test_virtual_gpus() -> None:
-    gpus = parse_virtual_gpus("12GiB,8GiB", 300 * MIB)
-    assert [gpu.total_bytes for gpu in gpus] == [12 * GIB, 8 * GIB]
-    assert gpus[0].name == "virtual 12.00 GiB GPU"
-    with pytest.raises(UsageError):
-        parse_virtual_gpus("12", 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+"""`from pyllamarun import Machine, Model, Planner`: the same plans as the command line's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from harness import run_cli
+
+from pyllamarun import Machine, Model, Planner
+from pyllamarun.plan.request import make_request
+
+
+def test_a_planner_plans_as_the_command_does(header_70b: Path) -> None:
+    with Planner(Machine.of(gpus="12GiB")) as planner:
+        model = Model.open(header_70b)
+        plans = [planner.plan(model, make_request(vram=vram)) for vram in ("8GiB", "11.5GiB")]
+    result = run_cli("plan", header_70b, "--virtual-gpu", "12GiB", "--vram", "11.5GiB", "--json")
+    assert json.loads(result.stdout)["data"]["argv"] == list(plans[1].argv)
+    assert plans[0].gpu_layers < plans[1].gpu_layers
+
+
+def test_a_machine_without_a_gpu_plans_for_the_cpu(smollm2: Path) -> None:
+    with Planner(Machine.of(gpus="none")) as planner:
+        assert planner.plan(Model.open(smollm2), make_request()).devices == ()
