@@ -128,7 +128,7 @@ ERRORS = {
     "a budget above the card": (["plan", "{model}", *CARD, "--vram", "1GiB"], 3, "the card has 450.0 MiB"),
     "an empty budget": (["plan", "{model}", *CARD, "--vram", ""], 2, "is no size"),
     "an empty list of cards": (["plan", "{model}", "--virtual-gpu", ""], 2, "is no size"),
-    "a card larger than any": (["plan", "{model}", "--virtual-gpu", "9999999TiB"], 2, "no list of virtual GPUs"),
+    "a card larger than any": (["plan", "{model}", "--virtual-gpu", "9999999TiB"], 2, "neither a card nor the size"),
     "a model after --": (["plan", "{model}", "--", "-m", "other.gguf"], 2, "cannot stand after"),
     "a port after --": (["serve", "{model}", "--", "--port=1"], 2, "cannot stand after"),
     "llama-server's version": (["plan", "{model}", "--", "--version"], 5, "The memory probe ended"),
