@@ -35,6 +35,7 @@ class PlanOptions:
 
     model: str
     vram: str | None
+    ram: str | None
     context: int
     slots: int
     overhead: str | None
@@ -55,6 +56,11 @@ def planning(function: Function) -> Function:
         "one value a GPU, comma-separated.  Default: all that is free.",
     )  # fmt: skip
     @click.option(
+        "--ram", metavar="SIZE", default=None,
+        help="What this process may take of host memory: 64GiB, 80%, max, max-4GiB; with a card that is not here, the "
+        "RAM of that machine.  Default: all that is available.",
+    )  # fmt: skip
+    @click.option(
         "-c", "--context", metavar="TOKENS", type=click.IntRange(min=1), default=4096, show_default=True,
         help="Context, shared by the slots.",
     )  # fmt: skip
@@ -69,8 +75,8 @@ def planning(function: Function) -> Function:
     @click.option("--force", is_flag=True, help="Go on with what does not fit.")
     @functools.wraps(function)
     def wrapper(
-        model: str, passthrough: tuple[str, ...], vram: str | None, context: int, slots: int, overhead: str | None,
-        virtual_gpu: str | None, gpu: str | None, force: bool, **others: Any,
+        model: str, passthrough: tuple[str, ...], vram: str | None, ram: str | None, context: int, slots: int,
+        overhead: str | None, virtual_gpu: str | None, gpu: str | None, force: bool, **others: Any,
     ) -> Any:  # fmt: skip
         if passthrough and not passthrough[0].startswith("-"):
             raise UsageError(
@@ -83,7 +89,7 @@ def planning(function: Function) -> Function:
                     f"{word} cannot stand after `--`.",
                     remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
                 )
-        options = PlanOptions(model, vram, context, slots, overhead, virtual_gpu, gpu, force, passthrough)
+        options = PlanOptions(model, vram, ram, context, slots, overhead, virtual_gpu, gpu, force, passthrough)
         return function(options=options, **others)
 
     return wrapper

@@ -19,7 +19,7 @@ from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.models.sources import Source, resolve
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused, parse_devices
-from pyllamarun.plan.request import Request, VirtualGpu, context_bytes, parse_budgets, parse_virtual_gpus
+from pyllamarun.plan.request import Request, VirtualGpu, context_bytes, parse_budget, parse_budgets, parse_virtual_gpus
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.command import shell_line
 from pyllamarun.run.process import output_of, running
@@ -66,6 +66,7 @@ def planned(options: PlanOptions) -> Iterator[Planned]:
         overhead_bytes=overhead_bytes,
         passthrough=options.passthrough,
         force=options.force,
+        ram=parse_budget(options.ram) if options.ram is not None else None,
     )
     binaries = find_binaries()
     with open_stage(binaries, options.gpu, options.virtual_gpu, overhead_bytes) as stage:
