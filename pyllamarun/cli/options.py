@@ -38,6 +38,7 @@ class PlanOptions:
     model: str
     machine: MachineOptions
     vram: str | None
+    ram: str | None
     context: int
     slots: int
     overhead: str | None
@@ -87,6 +88,11 @@ def planning(function: Function) -> Function:
         "one value a GPU, comma-separated.  Default: all that is free.",
     )  # fmt: skip
     @click.option(
+        "--ram", metavar="SIZE", default=None,
+        help="What this process may take of host memory: 64GiB, 80%, max, max-4GiB; with a card that is not here, the "
+        "RAM of that machine.  Default: all that is available.",
+    )  # fmt: skip
+    @click.option(
         "-c", "--context", metavar="TOKENS", type=click.IntRange(min=1), default=4096, show_default=True,
         help="Context, shared by the slots.",
     )  # fmt: skip
@@ -100,8 +106,8 @@ def planning(function: Function) -> Function:
     @click.option("--force", is_flag=True, help="Go on with what does not fit.")
     @functools.wraps(function)
     def wrapper(
-        model: str, passthrough: tuple[str, ...], machine: MachineOptions, vram: str | None, context: int, slots: int,
-        overhead: str | None, force: bool, **others: Any,
+        model: str, passthrough: tuple[str, ...], machine: MachineOptions, vram: str | None, ram: str | None,
+        context: int, slots: int, overhead: str | None, force: bool, **others: Any,
     ) -> Any:  # fmt: skip
         if passthrough and not passthrough[0].startswith("-"):
             raise UsageError(
@@ -114,7 +120,7 @@ def planning(function: Function) -> Function:
                     f"{word} cannot stand after `--`.",
                     remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
                 )
-        options = PlanOptions(model, machine, vram, context, slots, overhead, force, passthrough)
+        options = PlanOptions(model, machine, vram, ram, context, slots, overhead, force, passthrough)
         return function(options=options, **others)
 
     return wrapper

@@ -51,6 +51,7 @@ def planned(options: PlanOptions) -> Iterator[Planned]:
     """Raises what can go wrong on the way: UsageError, ModelError, DownloadError, DoesNotFit, Refused, BinaryError."""
     request = make_request(
         vram=options.vram,
+        ram=options.ram,
         context=options.context,
         slots=options.slots,
         overhead=options.overhead,

@@ -33,16 +33,16 @@ class VirtualGpu:
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper bound on what the process may hold on one GPU, as it was typed.
+    """An upper bound on what the process may hold on one GPU, or in RAM, as it was typed.
 
-    kind: "bytes" (amount), "percent" of the card's memory, or "max": all that is free now, less amount.
+    kind: "bytes" (amount), "percent" of the card's memory or of all RAM, or "max": all that is free now, less amount.
     """
 
     kind: str
     amount: float
 
     def resolve(self, total_bytes: int, free_bytes: int) -> int:
-        """Bytes, for a card of that size with that much free now."""
+        """Bytes, for a card, or RAM, of that size with that much free now."""
         if self.kind == "percent":
             return int(total_bytes * self.amount / 100)
         if self.kind == "max":
@@ -55,7 +55,7 @@ class Request:
     """One model, to be placed.
 
     `passthrough` is what the user wrote after `--`: it goes to llama.cpp as it stands, after our own arguments, and so
-    wins over them.
+    wins over them.  `ram` is what the process may take of host memory, None for all that is available.
     """
 
     context_tokens: int
@@ -64,18 +64,20 @@ class Request:
     overhead_bytes: int | None = None
     passthrough: tuple[str, ...] = ()
     force: bool = False
+    ram: Budget | None = None
 
 
 def make_request(
     *,
     vram: str | None = None,
+    ram: str | None = None,
     context: int = DEFAULT_CONTEXT_TOKENS,
     slots: int = 1,
     overhead: str | None = None,
     arguments: Sequence[str] = (),
     force: bool = False,
 ) -> Request:
-    """A request from what a person would write: vram="11.5GiB" or "11GiB,7GiB", arguments=["-ctk", "q8_0"]."""
+    """A request from what a person would write: vram="11.5GiB" or "11GiB,7GiB", ram="max-4GiB", arguments=["-ctk", "q8_0"]."""
     return Request(
         context_tokens=context,
         slots=slots,
@@ -83,6 +85,7 @@ def make_request(
         overhead_bytes=parse_size(overhead) if overhead is not None else None,
         passthrough=tuple(arguments),
         force=force,
+        ram=parse_budget(ram) if ram is not None else None,
     )
 
 
@@ -93,10 +96,11 @@ def context_bytes(overhead_bytes: int | None) -> int:
 
 def parse_budgets(text: str) -> tuple[Budget, ...]:
     """Budgets by GPU: "11.5GiB", "95%", "max", "max-300MiB", or several with commas."""
-    return tuple(_parse_budget(part.strip()) for part in text.split(","))
+    return tuple(parse_budget(part.strip()) for part in text.split(","))
 
 
-def _parse_budget(text: str) -> Budget:
+def parse_budget(text: str) -> Budget:
+    """One of them: for RAM, of which there is one."""
     percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
     if percent:
         if not 0 < float(percent[1]) <= 100:
