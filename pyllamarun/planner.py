@@ -24,6 +24,7 @@ from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused
 from pyllamarun.plan.request import Request, make_request
+from pyllamarun.plan.saved import confirm
 from pyllamarun.run.binaries import Binaries, find_binaries
 from pyllamarun.run.rehearsal import Rehearsals
 from pyllamarun.run.stage import REAL, Stage, list_devices, open_probe, open_stage
@@ -87,6 +88,11 @@ class Planner:
     def plan(self, model: Model, request: Request) -> Plan:
         """Raises DoesNotFit, UsageError, Refused or BinaryError."""
         return make_plan(model.header, request, self.devices, self.memory, self._ask(model.header))
+
+    def confirm(self, model: Model, plan: Plan) -> None:
+        """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in plan/saved.py."""
+        devices = self.devices  # as they are without a probe on them
+        confirm(plan, self._ask(model.header)(plan.argv[1:]), devices)
 
     def rehearsals(self, header: Header) -> Rehearsals:
         """What rehearsals of a model have shown on this stage."""

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pyllamarun.errors import UsageError
 
 Function = Callable[..., Any]
+
+# What a saved plan has settled.
+SETTLED = ("model", "passthrough", "vram", "ram", "context", "slots", "overhead", "machine_file", "gpu", "virtual_gpu",
+           "ram_bandwidth", "cores", "force")  # fmt: skip
 
 # llama.cpp's arguments that have their own place on our command line.
 OURS = ("-m", "--model", "-c", "--ctx-size", "-np", "--parallel", "--host", "--port", "-p", "--prompt", "-fit", "--fit")
@@ -36,6 +41,7 @@ class PlanOptions:
     """What the shared planning options said."""
 
     model: str
+    plan_file: str | None
     machine: MachineOptions
     vram: str | None
     ram: str | None
@@ -80,7 +86,7 @@ def machine(function: Function) -> Function:
 def planning(function: Function) -> Function:
     """Adds MODEL, the planning options and `-- LLAMA.CPP ARGUMENTS`; passes them as one `options`."""
 
-    @click.argument("model")
+    @click.argument("model", required=False)
     @click.argument("passthrough", nargs=-1, type=click.UNPROCESSED, metavar="[-- LLAMA.CPP ARGUMENTS]")
     @click.option(
         "--vram", metavar="SIZE", default=None,
@@ -103,12 +109,20 @@ def planning(function: Function) -> Function:
         "300MiB, and the scratch memory that ggml-cuda will take.",
     )  # fmt: skip
     @machine
+    @click.option(
+        "--plan", "plan_file", metavar="FILE", default=None,
+        help="In place of MODEL and all of the above: a plan that `pyllamarun plan --save FILE` kept.",
+    )  # fmt: skip
     @click.option("--force", is_flag=True, help="Go on with what does not fit.")
     @functools.wraps(function)
     def wrapper(
-        model: str, passthrough: tuple[str, ...], machine: MachineOptions, vram: str | None, ram: str | None,
-        context: int, slots: int, overhead: str | None, force: bool, **others: Any,
+        model: str | None, plan_file: str | None, passthrough: tuple[str, ...], machine: MachineOptions,
+        vram: str | None, ram: str | None, context: int, slots: int, overhead: str | None, force: bool, **others: Any,
     ) -> Any:  # fmt: skip
+        if plan_file is not None:
+            _check_alone()
+        elif model is None:
+            raise UsageError("No model is named.", remedy="Name one: a path, or what `pyllamarun list` shows.")
         if passthrough and not passthrough[0].startswith("-"):
             raise UsageError(
                 f'"{passthrough[0]}" is one argument too many.',
@@ -120,7 +134,20 @@ def planning(function: Function) -> Function:
                     f"{word} cannot stand after `--`.",
                     remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
                 )
-        options = PlanOptions(model, machine, vram, ram, context, slots, overhead, force, passthrough)
+        options = PlanOptions(model or "", plan_file, machine, vram, ram, context, slots, overhead, force, passthrough)
         return function(options=options, **others)
 
     return wrapper
+
+
+def _check_alone() -> None:
+    """Raises UsageError where something is asked besides what a saved plan has settled."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in SETTLED and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"{parameter.opts[0]} and --plan exclude each other.",
+                why="A saved plan is carried out as it is.",
+                remedy="Leave one of them out, or plan again with `pyllamarun plan MODEL --save FILE`.",
+            )

@@ -9,24 +9,32 @@ from pyllamarun.cli.options import PlanOptions, as_json, dry_run, planning
 
 @click.command(name="plan", short_help="Where a model goes and what it takes, to the byte.")
 @planning
+@click.option(
+    "--save", metavar="FILE", default=None, help="Keep the plan, for `run`, `serve` and `rehearse --plan FILE`."
+)
 @as_json
 @dry_run
-def command(options: PlanOptions, as_json: bool, dry_run: bool) -> None:
+def command(options: PlanOptions, save: str | None, as_json: bool, dry_run: bool) -> None:
     """Says how many layers of MODEL go to the GPU within the VRAM budget, and what that takes, to the byte.
 
     MODEL is a path, the name of a model that is on this machine (`pyllamarun list`), hf:OWNER/REPO:Q4_K_M,
     hf:OWNER/REPO/FILE.gguf, or https://HOST/FILE.gguf; of those on the network only the header is read.
     llama.cpp itself is asked what it would allocate; nothing is loaded.
     """
+    from pathlib import Path
+
     from pyllamarun import output
     from pyllamarun.cli.planning import planned
     from pyllamarun.plan.report import describe
+    from pyllamarun.plan.saved import write_plan
 
     with planned(options) as plan:
         line = plan.shell_line(plan.argv("llama-server"))
+        envelope = plan.envelope()
+    if save is not None:
+        write_plan(Path(save).expanduser(), envelope)
     if as_json:
-        facts = {"stage": plan.stage.kind, "source": plan.model.source.name, "here": plan.model.source.is_here}
-        output.print_json(output.envelope("plan", plan.plan.to_dict() | facts))
+        output.print_json(envelope)
     elif dry_run:
         output.print_text(line)
     else:

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from pyllamarun import output
 from pyllamarun.cli.options import MachineOptions, PlanOptions
 from pyllamarun.errors import UsageError
 from pyllamarun.machine.machine import Machine
 from pyllamarun.models.model import Model
 from pyllamarun.models.sources import resolve
+from pyllamarun.plan.place import GIVEN
 from pyllamarun.plan.plan import Plan
 from pyllamarun.plan.request import Request, make_request
+from pyllamarun.plan.saved import read_plan
 from pyllamarun.planner import NEEDS_VOCABULARY, Planner
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.command import shell_line
@@ -27,7 +31,6 @@ class Planned:
 
     plan: Plan
     model: Model
-    request: Request
     planner: Planner
 
     @property
@@ -42,6 +45,18 @@ class Planned:
         """The plan's arguments for llama-server or llama-cli."""
         return [str(self.binaries.path(program)), *self.plan.argv[1:], *more]
 
+    def envelope(self) -> dict[str, Any]:
+        """What `plan --json` prints and `plan --save` writes: good for any folder, so its paths are whole."""
+        source = self.model.source
+        path = self.model.path.absolute()
+        facts = {
+            "stage": self.stage.kind,
+            "source": str(path) if source.is_here else source.name,
+            "here": source.is_here,
+            "machine": self.planner.machine.to_words(),
+        }
+        return output.envelope("plan", self.plan.of_model_at(path).to_dict() | facts)
+
     def shell_line(self, argv: Sequence[str]) -> str:
         return shell_line(argv, {name: self.stage.environment[name] for name in self.stage.shown})
 
@@ -49,7 +64,38 @@ class Planned:
 @contextmanager
 def planned(options: PlanOptions) -> Iterator[Planned]:
     """Raises what can go wrong on the way: UsageError, ModelError, DownloadError, DoesNotFit, Refused, BinaryError."""
-    request = make_request(
+    if options.plan_file is not None:
+        with _as_saved(Path(options.plan_file).expanduser()) as saved:
+            yield saved
+        return
+    request = wanted_request(options)
+    source = resolve(options.model)
+    if any(argument in NEEDS_VOCABULARY for argument in options.passthrough):
+        source.check_here()
+    with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
+        model = Model(source, source.read_header())
+        plan = planner.plan(model, request)
+        planner.free_gpus()
+        yield Planned(plan, model, planner)
+
+
+@contextmanager
+def _as_saved(path: Path) -> Iterator[Planned]:
+    """A plan that was made before, if it still holds."""
+    saved = read_plan(path)
+    model = Model.open(saved.source)
+    overhead_bytes = max(
+        (device.overhead_bytes for device in saved.plan.devices if device.overhead_source == GIVEN), default=None
+    )
+    with Planner(saved.machine, overhead_bytes=overhead_bytes) as planner:
+        plan = saved.plan.of_model_at(model.path)
+        planner.confirm(model, plan)
+        planner.free_gpus()
+        yield Planned(plan, model, planner)
+
+
+def wanted_request(options: PlanOptions) -> Request:
+    return make_request(
         vram=options.vram,
         ram=options.ram,
         context=options.context,
@@ -58,14 +104,6 @@ def planned(options: PlanOptions) -> Iterator[Planned]:
         arguments=options.passthrough,
         force=options.force,
     )
-    source = resolve(options.model)
-    if any(argument in NEEDS_VOCABULARY for argument in options.passthrough):
-        source.check_here()
-    with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
-        model = Model(source, source.read_header())
-        plan = planner.plan(model, request)
-        planner.free_gpus()
-        yield Planned(plan, model, request, planner)
 
 
 def wanted_machine(options: MachineOptions) -> Machine:

@@ -74,6 +74,20 @@ class Machine:
                 raise UsageError(f"{path}: {key} = {value!r} is not what it should be.", remedy=_remedy())
         return cls.of(**{"name": path.stem} | facts)
 
+    def to_words(self) -> dict[str, Any]:
+        """What `of` makes this machine from."""
+        bandwidth = self.ram_bandwidth_bytes_per_second
+        words = {
+            "name": self.name,
+            "gpus": None
+            if self.gpus is None
+            else [gpu.title if isinstance(gpu, Card) else f"{gpu}B" for gpu in self.gpus],
+            "ram": None if self.ram_bytes is None else f"{self.ram_bytes}B",
+            "ram_bandwidth": None if bandwidth is None else f"{bandwidth}B/s",
+            "cores": self.cores,
+        }
+        return {key: value for key, value in words.items() if value not in (None, "")}
+
     @property
     def is_here(self) -> bool:
         """Whether nothing of it is imagined."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     host: HostPlan
     warnings: tuple[str, ...]
+
+    def of_model_at(self, path: Path) -> Plan:
+        """The same plan of the same model in another place."""
+        program, option, _, *others = self.argv
+        return replace(self, model=str(path), argv=(program, option, str(path), *others))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -77,7 +77,7 @@ def make_request(
     arguments: Sequence[str] = (),
     force: bool = False,
 ) -> Request:
-    """A request from what a person would write: vram="11.5GiB" or "11GiB,7GiB", ram="max-4GiB", arguments=["-ctk", "q8_0"]."""
+    """From what a person would write: vram="11.5GiB" or "11GiB,7GiB", ram="max-4GiB", arguments=["-ctk", "q8_0"]."""
     return Request(
         context_tokens=context,
         slots=slots,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyllamarun.errors import UsageError
-from pyllamarun.machine.cards import find_card
+from pyllamarun.machine.cards import all_cards, find_card
 from pyllamarun.machine.machine import HERE, Machine
 from pyllamarun.units import GIB, parse_bandwidth
 
@@ -17,6 +17,16 @@ def test_a_machine_in_words() -> None:
     assert machine.gpus == (find_card("RTX 3060"), 8 * GIB)
     assert (machine.ram_bytes, machine.ram_bandwidth_bytes_per_second, machine.cores) == (64 * GIB, 51_200_000_000, 8)
     assert not machine.is_here
+
+
+def test_a_machine_is_what_its_words_say() -> None:
+    described = [
+        HERE,
+        Machine.of(gpus="none"),
+        Machine.of(gpus="RTX 3060,7.5GiB", ram="64GiB", ram_bandwidth="51.2GB/s"),
+    ]
+    described += [Machine(gpus=(card,), cores=3, name="x") for card in all_cards()]
+    assert [Machine.of(**machine.to_words()) for machine in described] == described
 
 
 def test_this_machine_has_its_own_gpus_and_a_described_one_may_have_none() -> None:
