@@ -39,6 +39,7 @@ def command(
     from pyllamarun.machine.host import read_cpu
     from pyllamarun.models import quantize as quantizing
     from pyllamarun.models.gguf import read_header
+    from pyllamarun.models.requantize import requantized
     from pyllamarun.models.skeleton import write_skeleton
     from pyllamarun.run.binaries import find_binaries
     from pyllamarun.run.command import environment
@@ -60,7 +61,7 @@ def command(
     threads = threads or read_cpu().physical_cores
     with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder:
         skeleton = write_skeleton(source, Path(folder) / "skeleton.gguf")
-        forecast = quantizing.forecast(start, quantizer, skeleton, type_name)
+        forecast = requantized(start, quantizer, skeleton, source, type_name)
     if dry_run:
         argv = [quantizer, "--allow-requantize", source.path, target, type_name, threads]
         output.print_text(shlex.join(map(str, argv)))
@@ -68,8 +69,8 @@ def command(
     warning = quantizing.quality_warning(type_name, source)
     for line in warning.splitlines():
         output.note(f"warning: {line}")
-    output.note(f"{format_size(source.weights_bytes)} will become {format_size(forecast.size_bytes)}.")
-    quantizing.check_disk(target, forecast.size_bytes)
+    output.note(f"{format_size(source.weights_bytes)} will become {format_size(forecast.header.weights_bytes)}.")
+    quantizing.check_disk(target, forecast.header.file_bytes)
     with output.progress("tensors", len(source.tensors)) as advance:
         result = quantizing.quantize(start, quantizer, source, target, type_name, threads, advance)
     if as_json:

@@ -1,4 +1,4 @@
-"""Requantizes a model with llama-quantize: what it will give first, then the file, whole or not at all."""
+"""Requantizes a model with llama-quantize: the file, whole or not at all.  What it will be: requantize.py."""
 
 from __future__ import annotations
 
@@ -26,19 +26,10 @@ LOW_QUALITY = ("Q2_K", "Q2_K_S", "IQ2", "IQ1", "TQ1", "TQ2", "Q1_0", "Q2_0")
 # llama-quantize's own words: src/llama-quant.cpp and tools/quantize/quantize.cpp.
 _TYPE_LINE = re.compile(r"^\s*\d*\s+(?:or\s+)?([A-Z0-9_]+)\s+:", re.MULTILINE)
 _TENSOR_LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]")
-_QUANT_SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
-_FALLBACK = re.compile(r"WARNING: (\d+) of \d+ tensor\(s\) required fallback")
+FALLBACK = re.compile(r"WARNING: (\d+) of \d+ tensor\(s\) required fallback")
 _FAILURE = re.compile(
     r"failed to quantize: (.+)|(this quantization requires an importance matrix)|error: (.+)", re.IGNORECASE
 )
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What llama-quantize says it will write."""
-
-    size_bytes: int
-    fallback_tensors: int
 
 
 @dataclass(frozen=True)
@@ -112,16 +103,6 @@ def quality_warning(type_name: str, source: Header) -> str:
     return "\n".join(sentences)
 
 
-def forecast(start: Start, quantizer: Path, skeleton: Path, type_name: str) -> Forecast:
-    """Asks llama-quantize about the model's skeleton; takes milliseconds and writes nothing."""
-    argv = [str(quantizer), "--dry-run", "--allow-requantize", str(skeleton), os.devnull, type_name]
-    lines, status = _run(start, argv, None)
-    size = _first(_QUANT_SIZE, lines)
-    if status != 0 or size is None:
-        raise _failure(type_name, lines, status)
-    return Forecast(int(float(size) * MIB), int(_first(_FALLBACK, lines) or 0))
-
-
 def check_disk(target: Path, forecast_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < forecast_bytes + DISK_RESERVE_BYTES:
@@ -140,7 +121,7 @@ def quantize(
     try:
         lines, status = _run(start, argv, progress)
         if status != 0 or not partial.exists():
-            raise _failure(type_name, lines, status)
+            raise failure(type_name, lines, status)
         written = read_header(partial)
         if {tensor.name for tensor in written.tensors} != {tensor.name for tensor in source.tensors}:
             raise ModelError(f"llama-quantize wrote {len(written.tensors)} of {len(source.tensors)} tensors.")
@@ -154,7 +135,7 @@ def quantize(
         before_bytes=source.weights_bytes,
         after_bytes=written.weights_bytes,
         tensors=len(written.tensors),
-        fallback_tensors=int(_first(_FALLBACK, lines) or 0),
+        fallback_tensors=int(_first(FALLBACK, lines) or 0),
         file_bytes=target.stat().st_size,
     )
 
@@ -171,14 +152,14 @@ def _publish(partial: Path, target: Path) -> None:
         partial.rename(target)
 
 
-def _run(start: Start, argv: Sequence[str], progress: Progress | None) -> tuple[list[str], int]:
+def _run(start: Start, argv: Sequence[str], progress: Progress) -> tuple[list[str], int]:
     lines = []
     with start(argv) as process:
         assert process.stdout
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
             position = _TENSOR_LINE.match(line)
-            if position and progress:
+            if position:
                 progress(int(position[1]), int(position[2]))
         status = process.wait()
     return lines, status
@@ -192,7 +173,8 @@ def _first(pattern: re.Pattern[str], lines: Sequence[str]) -> str | None:
     return None
 
 
-def _failure(type_name: str, lines: Sequence[str], status: int) -> BinaryError | UsageError:
+def failure(type_name: str, lines: Sequence[str], status: int) -> BinaryError | UsageError:
+    """The error for a llama-quantize that ended so, after these lines."""
     text = "\n".join(lines)
     if "requires an importance matrix" in text or "requires an imatrix" in text:
         return UsageError(

@@ -25,6 +25,7 @@ from pyllamarun.models.gguf import (
     UINT32,
     Array,
     Header,
+    Tensor,
     Value,
 )
 from pyllamarun.models.types import TENSOR_TYPES, TensorType
@@ -105,20 +106,32 @@ def write_sparse(
     for name, tensor_type, shape in tensors:
         table += _string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
         table += struct.pack("<IQ", _TYPE_NUMBERS[tensor_type.name], offset)
-        offset += _padded(tensor_type.size_bytes(math.prod(shape)))
+        offset += padded(tensor_type.size_bytes(math.prod(shape)))
         count += 1
     head = bytearray(MAGIC + struct.pack("<IQQ", 3, count, len(metadata)))
     for key, value in metadata.items():
         head += _string(key) + struct.pack("<I", value.type) + _encoded(value)
     head += table
-    data_start = _padded(len(head))
+    data_start = padded(len(head))
     with path.open("wb") as file:
         file.write(head)
         file.truncate(data_start + offset)
     return path
 
 
-def _padded(size_bytes: int) -> int:
+def file_bytes(metadata: Mapping[str, Value], tensors: Iterable[Tensor]) -> int:
+    """What `write_sparse` would write, and llama.cpp: the size of a GGUF v3 file, with its data."""
+    head = len(MAGIC) + struct.calcsize("<IQQ")
+    head += sum(_string_bytes(key) + 4 + _value_bytes(value) for key, value in metadata.items())
+    data = 0
+    for tensor in tensors:
+        head += _string_bytes(tensor.name) + struct.calcsize(f"<I{len(tensor.shape)}QIQ")
+        data += padded(tensor.size_bytes)
+    return padded(head) + data
+
+
+def padded(size_bytes: int) -> int:
+    """Up to the next place where a tensor may begin."""
     return -(-size_bytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
@@ -134,3 +147,15 @@ def _encoded(value: Value) -> bytes:
     if value.type == ARRAY:
         return struct.pack("<IQ", data.element_type, data.count) + bytes(data.raw)
     return struct.pack("<" + SCALARS[value.type], data)
+
+
+def _string_bytes(text: str) -> int:
+    return 8 + len(text.encode("utf-8", "replace"))
+
+
+def _value_bytes(value: Value) -> int:
+    if value.type == STRING:
+        return _string_bytes(value.data)
+    if value.type == ARRAY:
+        return 4 + 8 + len(value.data.raw)
+    return struct.calcsize("<" + SCALARS[value.type])
