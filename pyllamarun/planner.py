@@ -10,20 +10,21 @@ import functools
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pyllamarun import paths
 from pyllamarun.machine.cards import identify
-from pyllamarun.machine.host import Memory, read_memory
+from pyllamarun.machine.host import Memory, memory_of, read_memory
 from pyllamarun.machine.machine import HERE, Machine
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused
-from pyllamarun.plan.request import Request, make_request
+from pyllamarun.plan.request import Budget, Request, make_request
 from pyllamarun.plan.saved import confirm
 from pyllamarun.run.binaries import Binaries, find_binaries
 from pyllamarun.run.rehearsal import Rehearsals
@@ -81,13 +82,18 @@ class Planner:
         self._probing.close()
         self._probe = None
 
-    @property
-    def memory(self) -> Memory:
-        return read_memory()
+    def memory(self, ram: Budget | None = None) -> Memory:
+        """Host memory of the machine: as it was described, or by --ram alone where it is not here; else this one's."""
+        described = self.machine.ram_bytes
+        if described is None and not self.machine.is_here and ram and ram.kind == "bytes":
+            described = int(ram.amount)
+        if described is not None:
+            return memory_of(described)
+        return replace(read_memory(), assumed=not self.machine.is_here)
 
     def plan(self, model: Model, request: Request) -> Plan:
         """Raises DoesNotFit, UsageError, Refused or BinaryError."""
-        return make_plan(model.header, request, self.devices, self.memory, self._ask(model.header))
+        return make_plan(model.header, request, self.devices, self.memory(request.ram), self._ask(model.header))
 
     def confirm(self, model: Model, plan: Plan) -> None:
         """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in plan/saved.py."""

@@ -11,9 +11,11 @@ from typing import Any
 from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.output import printable
+from pyllamarun.plan import residency
 from pyllamarun.plan.place import Ask, Limit, Placement, place, resolve_limits
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import Request
+from pyllamarun.plan.residency import Residency
 from pyllamarun.units import format_size
 
 
@@ -76,6 +78,7 @@ class Plan:
     worst_prompt_tokens: int
     devices: tuple[DevicePlan, ...]
     host: HostPlan
+    residency: Residency
     warnings: tuple[str, ...]
 
     def of_model_at(self, path: Path) -> Plan:
@@ -88,17 +91,23 @@ class Plan:
 
 
 def make_plan(header: Header, request: Request, devices: Sequence[Device], memory: Memory, ask: Ask) -> Plan:
-    """Places the model and describes the result.  `ask` answers for arguments that name the model by its path."""
-    limits = resolve_limits(request, devices)
+    """Places the model and describes the result.  `ask` answers for arguments that name the model by its path.
+
+    Raises DoesNotFit where a GPU or the host has not enough memory, unless the request says force.
+    """
+    limits, ram = resolve_limits(request, devices), residency.ram_limit(request.ram, memory)
     placement = place(header, request, limits, ask)
     answer = placement.answer
-    host = _host_plan(placement)
+    needs, more = residency.host_needs(placement, header, request, memory, ram)
+    verdict = residency.judge(needs, ram)
+    if not request.force:
+        residency.check(verdict, needs, ram)
     return Plan(
         model=str(header.path),
         model_name=header.name,
         architecture=printable(header.architecture),
         weights_bytes=header.weights_bytes,
-        argv=("llama-server", *placement.arguments),
+        argv=("llama-server", *placement.arguments, *more),
         gpu_layers=placement.gpu_layers,
         layers=answer.offloadable_layers,
         division=placement.division.name,
@@ -109,8 +118,9 @@ def make_plan(header: Header, request: Request, devices: Sequence[Device], memor
         slots=answer.slots,
         worst_prompt_tokens=answer.worst_prompt_tokens,
         devices=tuple(_device_plan(placement, limit) for limit in limits),
-        host=host,
-        warnings=tuple(_warnings(placement, host, memory, header.path)),
+        host=_host_plan(placement),
+        residency=verdict,
+        warnings=(*_warnings(placement), *residency.warnings(verdict, ram, header.path.name)),
     )
 
 
@@ -157,7 +167,7 @@ def _host_plan(placement: Placement) -> HostPlan:
     )
 
 
-def _warnings(placement: Placement, host: HostPlan, memory: Memory, path: Path) -> list[str]:
+def _warnings(placement: Placement) -> list[str]:
     answer = placement.answer
     warnings = []
     for limit in placement.limits:
@@ -173,14 +183,4 @@ def _warnings(placement: Placement, host: HostPlan, memory: Memory, path: Path) 
             f"A slot's context of {answer.slot_context_tokens:,} tokens is longer than the "
             f"{answer.trained_context_tokens:,} that the model was trained with."
         )
-    available = min(memory.available_bytes, memory.limit_bytes or memory.available_bytes)
-    if host.total_bytes > available:
-        anonymous = host.total_bytes - host.mapped_bytes
-        consequence = (
-            f"the part of {path.name} that does not stay in memory is read from disk again for every token"
-            if anonymous <= available
-            else "the rest would have to be swapped"
-        )
-        needed = f"{format_size(host.total_bytes)} of RAM are needed and {format_size(available)} are available"
-        warnings.append(f"{needed}: {consequence}.")
     return warnings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyllamarun.output import table
 from pyllamarun.plan.plan import DevicePlan, Plan
+from pyllamarun.plan.residency import RESIDENT, Residency
 from pyllamarun.units import format_size
 
 
@@ -18,7 +19,7 @@ def describe(plan: Plan, command_line: str, stage: str = "") -> str:
     ]
     if plan.devices:
         lines += [_device_table(plan), ""]
-    lines += [_host_table(plan), ""]
+    lines += [_host_table(plan), *_residency(plan.residency), ""]
     lines += [f"warning: {warning}" for warning in plan.warnings] + [""] * bool(plan.warnings)
     lines.append(command_line)
     return "\n".join(lines)
@@ -76,3 +77,10 @@ def _host_table(plan: Plan) -> str:
     sizes = [host.mapped_bytes, host.pinned_bytes, host.repacked_bytes, host.weights_bytes]
     sizes += [host.context_bytes, host.compute_bytes, host.total_bytes]
     return table([["host", *map(format_size, sizes)]], header=header, right=range(1, len(header)))
+
+
+def _residency(residency: Residency) -> list[str]:
+    """What of it stays; what does not is among the warnings."""
+    if residency.verdict != RESIDENT:
+        return []
+    return [f"All of it stays in memory: {format_size(residency.limit_bytes)} are there."]

