@@ -137,7 +137,7 @@ ERRORS = {
     "an option of llama.cpp that does not exist": (["plan", "{model}", "--", "--nonsense"], 2, "--nonsense"),
     "options that do not go together": (["plan", "{model}", "--", "-ctv", "q8_0", "-fa", "off"], 2, "flash_attn"),
     "a command that does not exist": (["fly"], 2, "No such command"),
-    "no model": (["plan"], 2, "Missing argument"),
+    "no model": (["plan"], 2, "No model is named"),
     "an empty prompt": (["run", "{model}", "-p", " "], 2, "The prompt is empty"),
 }
 
