@@ -58,7 +58,8 @@ class PlanOptions:
         said: dict[str, Any] = {
             "--vram": self.vram, "--ram": self.ram, "-c": self.context, "--slots": self.slots,
             "--overhead": self.overhead, "--machine": self.machine.file, "--gpu": self.machine.gpu,
-            "--virtual-gpu": self.machine.virtual_gpu, "--ram-bandwidth": self.machine.ram_bandwidth, "--cores": self.machine.cores,
+            "--virtual-gpu": self.machine.virtual_gpu, "--ram-bandwidth": self.machine.ram_bandwidth,
+            "--cores": self.machine.cores,
         }  # fmt: skip
         said |= dict(zip(instead[::2], instead[1::2]))
         words = ["pyllamarun", command, model]

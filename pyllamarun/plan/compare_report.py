@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pyllamarun.models.quality import Quality
 from pyllamarun.output import printable, table
 from pyllamarun.plan.compare import Comparison, Row
+from pyllamarun.plan.residency import RESIDENT
 from pyllamarun.units import format_size
 
 Column = tuple[str, Callable[[Row], str]]
-AS_ASKED, RECOMMENDED, IMATRIX = "*", ">", "i"
+AS_ASKED, RECOMMENDED, IMATRIX, NOT_RESIDENT = "*", ">", "i", "!"
 HEADINGS = {"quants": "type", "models": "model", "ctx": "context", "vram": "budget", "slots": "slots"}
 OF_QUALITY = ("quants", "models")
 
@@ -38,7 +39,7 @@ def _columns(comparison: Comparison) -> list[Column]:
     middle: list[Column] = [
         ("GPU layers", _layers),
         ("VRAM", lambda row: _size(row, row.vram_bytes)),
-        ("RAM", lambda row: _size(row, row.ram_bytes)),
+        ("RAM", _ram),
         ("tok/s", pace),
     ]
     if comparison.axis in OF_QUALITY:
@@ -64,6 +65,14 @@ def _size(row: Row, size_bytes: int) -> str:
     return format_size(size_bytes) if row.fits else ""
 
 
+def _ram(row: Row) -> str:
+    return _size(row, row.ram_bytes) + (NOT_RESIDENT if _leaves_memory(row) else " ")
+
+
+def _leaves_memory(row: Row) -> bool:
+    return row.plan is not None and row.plan.residency.verdict != RESIDENT
+
+
 def pace(row: Row) -> str:
     """Tokens a second, from low to high; "" where nothing is predicted."""
     if row.low_tokens_per_second is None or row.high_tokens_per_second is None:
@@ -86,6 +95,9 @@ def _legend(comparison: Comparison) -> list[str]:
     marks = {
         f"{AS_ASKED} as asked": any(row.is_current for row in comparison.rows),
         f"{RECOMMENDED} recommended": bool(comparison.recommended),
+        f"{NOT_RESIDENT} more than memory has: read from disk or swapped for every token": any(
+            map(_leaves_memory, comparison.rows)
+        ),
         f"{IMATRIX} with an importance matrix": any(one.imatrix for one in _qualities(comparison)),
     }
     shown = [text for text, is_there in marks.items() if is_there]
