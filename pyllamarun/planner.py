@@ -107,9 +107,10 @@ class Planner:
     def _ask(self, header: Header) -> _Questions:
         if self._probe is None:
             self._probe = self._probing.enter_context(open_probe(self.binaries, self.stage))
-        return _Questions(self._probe, header, self._skeleton(header), self.rehearsals(header))
+        return _Questions(self._probe, header, self.skeleton(header), self.rehearsals(header))
 
-    def _skeleton(self, header: Header) -> Path:
+    def skeleton(self, header: Header) -> Path:
+        """The model's skeleton, which is there as long as the planner."""
         for known, path in self._skeletons:
             if known is header:
                 return path

@@ -21,6 +21,8 @@ SETTLED = ("model", "passthrough", "vram", "ram", "context", "slots", "overhead"
 # llama.cpp's arguments that have their own place on our command line.
 OURS = ("-m", "--model", "-c", "--ctx-size", "-np", "--parallel", "--host", "--port", "-p", "--prompt", "-fit", "--fit")
 
+DEFAULTS = {"-c": 4096, "--slots": 1}
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the llama.cpp command line and do nothing.")
 
@@ -50,6 +52,22 @@ class PlanOptions:
     overhead: str | None
     force: bool
     passthrough: tuple[str, ...]
+
+    def words(self, command: str, model: str, instead: tuple[str, ...] = ()) -> list[str]:
+        """What to type for a command with these options, some of them replaced: ("-c", "8192")."""
+        said: dict[str, Any] = {
+            "--vram": self.vram, "--ram": self.ram, "-c": self.context, "--slots": self.slots,
+            "--overhead": self.overhead, "--machine": self.machine.file, "--gpu": self.machine.gpu,
+            "--virtual-gpu": self.machine.virtual_gpu, "--ram-bandwidth": self.machine.ram_bandwidth,
+            "--cores": self.machine.cores,
+        }  # fmt: skip
+        said |= dict(zip(instead[::2], instead[1::2]))
+        words = ["pyllamarun", command, model]
+        for option, value in said.items():
+            if value is not None and str(value) != str(DEFAULTS.get(option)):
+                words += [option, str(value)]
+        words += ["--force"] * self.force
+        return words + (["--", *self.passthrough] if self.passthrough else [])
 
 
 def machine(function: Function) -> Function:
@@ -99,10 +117,16 @@ def planning(function: Function) -> Function:
         "RAM of that machine.  Default: all that is available.",
     )  # fmt: skip
     @click.option(
-        "-c", "--context", metavar="TOKENS", type=click.IntRange(min=1), default=4096, show_default=True,
+        "-c", "--context", metavar="TOKENS", type=click.IntRange(min=1), default=DEFAULTS["-c"], show_default=True,
         help="Context, shared by the slots.",
     )  # fmt: skip
-    @click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Requests served at once.")
+    @click.option(
+        "--slots",
+        type=click.IntRange(min=1),
+        default=DEFAULTS["--slots"],
+        show_default=True,
+        help="Requests served at once.",
+    )
     @click.option(
         "--overhead", metavar="SIZE", default=None,
         help="What the process holds on each GPU besides llama.cpp's buffers.  Default: a CUDA context, assumed to be "

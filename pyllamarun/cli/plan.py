@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pyllamarun.cli.options import PlanOptions, as_json, dry_run, planning
+from pyllamarun.errors import UsageError
 
 
 @click.command(name="plan", short_help="Where a model goes and what it takes, to the byte.")
@@ -12,15 +13,44 @@ from pyllamarun.cli.options import PlanOptions, as_json, dry_run, planning
 @click.option(
     "--save", metavar="FILE", default=None, help="Keep the plan, for `run`, `serve` and `rehearse --plan FILE`."
 )
+@click.option(
+    "--compare", "axis", type=click.Choice(["quants", "ctx", "vram", "slots"]), default=None,
+    help="Plans beside this one: with every requantization of the model, other contexts, budgets, or numbers of slots.",
+)  # fmt: skip
 @as_json
 @dry_run
-def command(options: PlanOptions, save: str | None, as_json: bool, dry_run: bool) -> None:
+def command(options: PlanOptions, save: str | None, axis: str | None, as_json: bool, dry_run: bool) -> None:
     """Says how many layers of MODEL go to the GPU within the VRAM budget, and what that takes, to the byte.
 
     MODEL is a path, the name of a model that is on this machine (`pyllamarun list`), hf:OWNER/REPO:Q4_K_M,
-    hf:OWNER/REPO/FILE.gguf, or https://HOST/FILE.gguf; of those on the network only the header is read.
+    hf:OWNER/REPO/FILE.gguf, or https://HOST/FILE.gguf; of those on the network only the header is read.  With
+    hf:OWNER/REPO all the models of a repository are planned, and one is recommended.
     llama.cpp itself is asked what it would allocate; nothing is loaded.
     """
+    one_plan = dry_run or save is not None
+    if axis is not None and one_plan:
+        raise UsageError("--compare makes several plans; --save and --dry-run are for one.", remedy="Leave one out.")
+    if axis is not None:
+        from pyllamarun.cli.comparing import print_comparison
+
+        print_comparison(options, axis, as_json=as_json)
+    elif not (options.model.startswith("hf:") and not one_plan and _printed_models(options, as_json)):
+        _print_plan(options, save, as_json=as_json, dry_run=dry_run)
+
+
+def _printed_models(options: PlanOptions, as_json: bool) -> bool:
+    """Whether MODEL is a repository with several models, which were planned and compared."""
+    from pyllamarun.models.sources import repository
+
+    models = repository(options.model)
+    if len(models) > 1:
+        from pyllamarun.cli.comparing import print_models
+
+        print_models(options, models, as_json=as_json)
+    return len(models) > 1
+
+
+def _print_plan(options: PlanOptions, save: str | None, *, as_json: bool, dry_run: bool) -> None:
     from pathlib import Path
 
     from pyllamarun import output

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,10 +214,15 @@ def choose(name: HubName, files: Sequence[HubFile]) -> str:
     raise UsageError(f"{name} has several models.", why=choices, remedy="Name one of these.")
 
 
-def _choice(name: HubName, path: str, sizes: Mapping[str, int | None]) -> str:
-    """What to type for a file, by its quantization where that tells it apart, and its size."""
+def shortest(name: HubName, path: str, files: Iterable[str]) -> HubName:
+    """The repository's name with what tells this file from the other models: its quantization, if that does."""
     label = quantization(path)
-    alone = label and [quantization(other) for other in models_among(sizes)].count(label) == 1
-    one = HubName(name.repository, "" if alone else path, label if alone else "", name.revision)
+    alone = label and [quantization(other) for other in models_among(files)].count(label) == 1
+    return HubName(name.repository, "" if alone else path, label if alone else "", name.revision)
+
+
+def _choice(name: HubName, path: str, sizes: Mapping[str, int | None]) -> str:
+    """What to type for a file, and its size."""
+    one = shortest(name, path, sizes)
     size_bytes = sum(sizes.get(part) or 0 for part in part_names(path))
     return f"{one}  {format_size(size_bytes)}" if size_bytes else str(one)

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -85,11 +85,32 @@ def resolve(text: str) -> Source:
     )
 
 
+def repository(text: str) -> tuple[Source, ...]:
+    """All the models of a repository whose name says none, hf:OWNER/REPO, the smallest first; () for any other name.
+
+    Raises UsageError for what is no name, and DownloadError where the network is asked and does not answer.
+    """
+    name = hub.parse_name(text[3:]) if text.startswith("hf:") else None
+    if name is None or name.file or name.quantization:
+        return ()
+    here = _here(name)
+    if hub.is_offline():
+        sizes: dict[str, int | None] = {file: path.stat().st_size for file, path in here.items()}
+        listing = hub.Listing("", ())
+    else:
+        with closing(Web()) as web:
+            listing = hub.list_files(web, name)
+        sizes = {file.path: file.size_bytes for file in listing.files}
+    models = sorted(
+        models_among(sizes), key=lambda path: (sum(sizes.get(part) or 0 for part in part_names(path)), path)
+    )
+    found = (_in_repository(name, listing, here, file) for file in models)
+    return tuple(replace(source, name=str(hub.shortest(name, file, sizes))) for source, file in zip(found, models))
+
+
 def _hub_source(name: hub.HubName) -> Source:
     """A file that is here is used; where the name says none, the repository is asked which ones it has."""
-    folder = paths.models_folder() / hub.folder_name(name)
-    here = hub.cached_files(name) | {str(path.relative_to(folder)): path for path in stores.gguf_files(folder)}
-    here = {file: path for file, path in here.items() if all(part in here for part in part_names(file))}
+    here = _here(name)
     known = [name.file] if name.file else []
     if name.quantization:
         known = with_quantization(models_among(here), name.quantization)
@@ -99,7 +120,22 @@ def _hub_source(name: hub.HubName) -> Source:
         return _offline(name, here)
     with closing(Web()) as web:
         listing = hub.list_files(web, name)
-    file = hub.choose(name, listing.files)
+    return _in_repository(name, listing, here, hub.choose(name, listing.files))
+
+
+def _here(name: hub.HubName) -> dict[str, Path]:
+    """The repository's files that are on this machine, of models that are whole."""
+    folder = _folder(name)
+    here = hub.cached_files(name) | {str(path.relative_to(folder)): path for path in stores.gguf_files(folder)}
+    return {file: path for file, path in here.items() if all(part in here for part in part_names(file))}
+
+
+def _folder(name: hub.HubName) -> Path:
+    return paths.models_folder() / hub.folder_name(name)
+
+
+def _in_repository(name: hub.HubName, listing: hub.Listing, here: Mapping[str, Path], file: str) -> Source:
+    """One of its models, by its file or the first of its parts."""
     if file in here:
         return Source(str(name), here[file])
     folder_in_repository = PurePosixPath(file).parent
@@ -112,7 +148,7 @@ def _hub_source(name: hub.HubName) -> Source:
             raise DownloadError(what, remedy="Name another file; this model is not whole.")
         return RemoteFile(hub.place(name, path, listing.commit), entry.size_bytes)
 
-    return Source(str(hub.HubName(name.repository, file, revision=name.revision)), folder / file, find)
+    return Source(str(hub.HubName(name.repository, file, revision=name.revision)), _folder(name) / file, find)
 
 
 def _offline(name: hub.HubName, here: Mapping[str, Path]) -> Source:

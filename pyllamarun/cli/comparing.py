@@ -1,0 +1,56 @@
+"""From a command's options to a comparison, printed.  Imported only when a command compares."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from pyllamarun import output
+from pyllamarun.cli.options import PlanOptions
+from pyllamarun.cli.planning import wanted_machine, wanted_request
+from pyllamarun.errors import DoesNotFit
+from pyllamarun.models.model import Model
+from pyllamarun.models.sources import Source
+from pyllamarun.plan.compare import Comparison
+from pyllamarun.plan.compare_report import describe_comparison
+from pyllamarun.planner import Planner
+from pyllamarun.whatif import compare, compare_models
+
+
+def print_comparison(options: PlanOptions, axis: str, *, as_json: bool) -> None:
+    """Of the model with itself, one thing changed at a time.  Raises what planning raises."""
+    request = wanted_request(options)
+    model = Model.open(options.model)
+    with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
+        with output.status("comparing") as show:
+            comparison = compare(planner, model, request, axis, show)
+        _print(comparison, options, planner, as_json=as_json)
+
+
+def print_models(options: PlanOptions, sources: Sequence[Source], *, as_json: bool) -> None:
+    """Of a repository's models with each other."""
+    request = wanted_request(options)
+    with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
+        with output.status("comparing") as show:
+            comparison = compare_models(planner, sources, request, show)
+        _print(comparison, options, planner, as_json=as_json)
+
+
+def _print(comparison: Comparison, options: PlanOptions, planner: Planner, *, as_json: bool) -> None:
+    commands = _commands(comparison, options)
+    if as_json:
+        facts = {"stage": planner.stage.kind, "commands": commands}
+        output.print_json(output.envelope("compare", comparison.to_dict() | facts))
+    else:
+        output.print_text(describe_comparison(comparison, commands, planner.stage.description))
+    if not any(row.fits for row in comparison.rows):
+        raise DoesNotFit(f"No plan for {comparison.model} fits.", why=comparison.rows[0].reason)
+
+
+def _commands(comparison: Comparison, options: PlanOptions) -> list[str]:
+    """What to type for the recommended row."""
+    row = comparison.recommended_row
+    if row is None:
+        return []
+    plan = shlex.join(options.words("plan", row.source, row.words))
+    return [row.command, plan] if row.command else [plan]

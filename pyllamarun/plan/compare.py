@@ -1,0 +1,198 @@
+"""What-ifs: variants of a request, each with a plan of its own, in rows that can be compared.
+
+Pure: whoever calls says how a variant is planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pyllamarun.errors import DoesNotFit, PyllamarunError
+from pyllamarun.models.quality import Quality, quality
+from pyllamarun.plan.plan import Plan
+from pyllamarun.plan.probe import Refused
+from pyllamarun.plan.variants import Variant
+
+USABLE_TOKENS_PER_SECOND = 2.0
+# Of two that are as good as equal, the cheaper.
+AS_FAST = 0.95
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant and its plan; of one that does not fit, `plan` is None, and `reason` says why.
+
+    Sums are over all GPUs.  Tokens a second are those of one request; None where nothing is predicted.
+    """
+
+    label: str
+    is_current: bool
+    type: str
+    file_bytes: int
+    weights_bytes: int
+    bits_per_weight: float
+    quality: Quality | None
+    context_tokens: int
+    slots: int
+    gpu_layers: int
+    layers: int
+    budget_bytes: int
+    vram_bytes: int
+    ram_bytes: int
+    low_tokens_per_second: float | None
+    high_tokens_per_second: float | None
+    source: str
+    words: tuple[str, ...]
+    command: str
+    reason: str
+    plan: Plan | None
+
+    @property
+    def fits(self) -> bool:
+        return self.plan is not None
+
+    @property
+    def is_usable(self) -> bool:
+        return self.low_tokens_per_second is not None and self.low_tokens_per_second >= USABLE_TOKENS_PER_SECOND
+
+    @property
+    def pace(self) -> float:
+        """For telling which is faster; 0 where it does not fit or nothing is predicted."""
+        if self.low_tokens_per_second is None or self.high_tokens_per_second is None:
+            return 0.0
+        return math.sqrt(self.low_tokens_per_second * self.high_tokens_per_second)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows along an axis; `recommended` is the label of one of them, "" if none is, and `reason` says why that one.
+
+    `left_out` are the names of what was not planned, and why.
+    """
+
+    axis: str
+    model: str
+    model_name: str
+    rows: tuple[Row, ...]
+    recommended: str
+    reason: str
+    left_out: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def recommended_row(self) -> Row | None:
+        return next((row for row in self.rows if self.recommended and row.label == self.recommended), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [asdict(row) | {"fits": row.fits} for row in self.rows]
+        left_out = [{"name": name, "reason": reason} for name, reason in self.left_out]
+        return asdict(self) | {"rows": rows, "left_out": left_out}
+
+
+def rows_of(variants: Iterable[Variant], plan: Callable[[Variant], Plan]) -> tuple[Row, ...]:
+    """Plans one after the other.  What does not fit, or llama.cpp refuses, is a row that says so."""
+    rows = []
+    for variant in variants:
+        try:
+            rows.append(_row(variant, plan(variant)))
+        except (DoesNotFit, Refused) as error:
+            rows.append(unplanned(variant, error))
+    return tuple(rows)
+
+
+def _row(variant: Variant, plan: Plan) -> Row:
+    speed = tokens_per_second(plan)
+    return replace(
+        _without_plan(variant),
+        context_tokens=plan.context_tokens,
+        slots=plan.slots,
+        gpu_layers=plan.gpu_layers,
+        layers=plan.layers,
+        budget_bytes=sum(device.budget_bytes for device in plan.devices),
+        vram_bytes=sum(device.total_bytes for device in plan.devices),
+        ram_bytes=plan.host.total_bytes,
+        low_tokens_per_second=speed[0] if speed else None,
+        high_tokens_per_second=speed[1] if speed else None,
+        plan=plan,
+    )
+
+
+def unplanned(variant: Variant, error: PyllamarunError) -> Row:
+    return replace(_without_plan(variant), reason=error.what)
+
+
+def _without_plan(variant: Variant) -> Row:
+    header, request = variant.header, variant.request
+    return Row(
+        label=variant.label,
+        is_current=variant.is_current,
+        type=variant.type,
+        file_bytes=header.file_bytes,
+        weights_bytes=header.weights_bytes,
+        bits_per_weight=round(8 * header.weights_bytes / header.parameters, 3) if header.parameters else 0.0,
+        quality=quality(variant.type, header.parameters),
+        context_tokens=request.context_tokens,
+        slots=request.slots,
+        gpu_layers=0,
+        layers=0,
+        budget_bytes=0,
+        vram_bytes=0,
+        ram_bytes=0,
+        low_tokens_per_second=None,
+        high_tokens_per_second=None,
+        source=variant.source,
+        words=variant.words,
+        command=variant.command,
+        reason="",
+        plan=None,
+    )
+
+
+def tokens_per_second(plan: Plan) -> tuple[float, float] | None:
+    """What a plan predicts for one request, low and high."""
+    speed = getattr(plan, "speed", None)
+    return None if speed is None else (speed.low_tokens_per_second, speed.high_tokens_per_second)
+
+
+def recommend(axis: str, rows: Sequence[Row]) -> tuple[str, str]:
+    """The label of the best row, and why it is that; ("", why) where there is none.
+
+    Of quantizations that which keeps most and is usable, of contexts and slots the largest that is usable, and where
+    none is usable, the fastest.  Of budgets the smallest that is as fast as any.
+    """
+    fitting = [row for row in rows if row.fits]
+    if not fitting:
+        return "", "None of these fits."
+    if not any(row.pace for row in fitting):
+        return "", "How fast they are is not predicted."
+    fastest = max(fitting, key=lambda row: row.pace)
+    if axis == "vram":
+        cheapest = min((row for row in fitting if row.pace >= AS_FAST * fastest.pace), key=lambda row: row.budget_bytes)
+        return cheapest.label, "the smallest budget that is within 5% of the fastest"
+    usable = [row for row in fitting if row.is_usable]
+    if not usable:
+        return fastest.label, f"none reaches {USABLE_TOKENS_PER_SECOND:g} tok/s; it is the fastest"
+    if axis == "quants":
+        return _best_quality(usable).label, "it keeps most of those that are usable"
+    if axis == "ctx":
+        return max(usable, key=lambda row: row.context_tokens).label, "the longest that is usable"
+    return max(usable, key=lambda row: row.slots).label, "the most that are usable"
+
+
+def _best_quality(rows: Sequence[Row]) -> Row:
+    """The one of most bits a weight, but for those of which a smaller one was measured to be better."""
+    return max((row for row in rows if not any(_surpasses(other, row) for other in rows)), key=_bits)
+
+
+def _surpasses(one: Row, other: Row) -> bool:
+    """Whether one is better than a larger other, both as measured in the same way."""
+    if one.quality is None or other.quality is None or one.quality.imatrix != other.quality.imatrix:
+        return False
+    return one.bits_per_weight <= other.bits_per_weight and one.quality.perplexity < other.quality.perplexity
+
+
+def _bits(row: Row) -> tuple[float, float]:
+    return row.bits_per_weight, row.pace

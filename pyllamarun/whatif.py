@@ -1,0 +1,153 @@
+"""What-ifs for a model on a machine: plans along an axis, and across the models of a repository, compared."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from pyllamarun.errors import DownloadError, ModelError, PyllamarunError, UsageError
+from pyllamarun.models.gguf import Header
+from pyllamarun.models.hub import parse_name
+from pyllamarun.models.model import Model
+from pyllamarun.models.names import quantization
+from pyllamarun.models.quantize import known_types
+from pyllamarun.models.requantize import UNQUANTIZED, Requantizations, requantizations
+from pyllamarun.models.sources import Source
+from pyllamarun.plan.compare import Comparison, Row, recommend, rows_of
+from pyllamarun.plan.place import resolve_limits
+from pyllamarun.plan.plan import Plan
+from pyllamarun.plan.request import Request
+from pyllamarun.plan.variants import Variant, budgets, contexts, slot_counts
+from pyllamarun.planner import Planner
+from pyllamarun.run.command import environment
+from pyllamarun.run.process import output_of, running
+
+AXES = ("quants", "ctx", "vram", "slots")
+MAX_MODELS = 32  # of a repository; each takes a header over the network
+READ_AT_ONCE = 4
+
+Show = Callable[[str], None]
+
+
+def compare(planner: Planner, model: Model, request: Request, axis: str, show: Show = lambda _: None) -> Comparison:
+    """The plan that was asked for beside others, with one thing changed at a time along an axis, one of AXES.
+
+    `show` is told how far it is.  Raises UsageError, Refused where every plan is, or BinaryError.
+    """
+    left_out: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    header, source = model.header, model.source.name
+    if axis == "quants":
+        found = requantized_models(planner, header)
+        variants = _quantizations(model, request, found)
+        left_out = tuple((one.type, one.reason) for one in found.left_out)
+        if header.file_type not in (*UNQUANTIZED, ""):
+            notes = (f"Made from {header.file_type}, each loses more than the same type made from the original model.",)
+    elif axis == "ctx":
+        variants = contexts(header, source, request)
+    elif axis == "slots":
+        variants = slot_counts(header, source, request)
+        notes = (f"Each slot has {-(-request.context_tokens // request.slots):,} tokens of context.",)
+    elif axis == "vram":
+        asked = resolve_limits(request, planner.devices)
+        if not asked:
+            raise UsageError("There is no GPU to compare budgets of.", remedy="Name one: --gpu 'RTX 3060'.")
+        variants = budgets(
+            header, source, request, asked, resolve_limits(replace(request, budgets=()), planner.devices)
+        )
+    else:
+        raise UsageError(f'"{axis}" cannot be compared.', remedy="Name one of these: " + ", ".join(AXES))
+    rows = _planned(planner, variants, show)
+    recommended, reason = recommend(axis, rows)
+    return Comparison(axis, str(header.path), header.name, rows, recommended, reason, left_out, notes)
+
+
+def compare_models(
+    planner: Planner, sources: Sequence[Source], request: Request, show: Show = lambda _: None
+) -> Comparison:
+    """The models of a repository, which differ in their quantization; of those on the network the headers are read.
+
+    Raises DownloadError or ModelError where not one of them can be read, UsageError, Refused or BinaryError.
+    """
+    show("reading headers")
+    taken, others = sources[:MAX_MODELS], sources[MAX_MODELS:]
+    read = _read_headers(taken)
+    models = [(source, header) for source, header in zip(taken, read) if isinstance(header, Header)]
+    if not models:
+        raise next(error for error in read if isinstance(error, PyllamarunError))
+    left_out = [(source.name, error.what) for source, error in zip(taken, read) if isinstance(error, PyllamarunError)]
+    left_out += [(source.name, f"only the {MAX_MODELS} smallest are looked at") for source in others]
+    variants = [_published(source, header, request) for source, header in models]
+    variants.sort(key=lambda variant: -variant.header.weights_bytes)
+    rows = _planned(planner, variants, show)
+    recommended, reason = recommend("quants", rows)
+    repository = f"hf:{parse_name(sources[0].name[3:]).repository}"
+    return Comparison("models", repository, models[0][1].name, rows, recommended, reason, tuple(left_out))
+
+
+def requantized_models(planner: Planner, header: Header) -> Requantizations:
+    """What llama-quantize could make of a model: it is asked about each type that it knows."""
+    quantizer, variables = planner.binaries.path("llama-quantize"), environment(planner.binaries)
+
+    def start(argv: Sequence[str]) -> AbstractContextManager[subprocess.Popen[str]]:
+        return running(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    _, help_text = output_of([quantizer, "--help"], variables)
+    return requantizations(start, quantizer, planner.skeleton(header), header, known_types(help_text))
+
+
+def _planned(planner: Planner, variants: Sequence[Variant], show: Show) -> tuple[Row, ...]:
+    def plan(variant: Variant) -> Plan:
+        show(f"planning {variant.label}")
+        return planner.plan(_model(variant), variant.request)
+
+    return rows_of(variants, plan)
+
+
+def _model(variant: Variant) -> Model:
+    return Model(Source(variant.source, variant.header.path), variant.header)
+
+
+def _quantizations(model: Model, request: Request, found: Requantizations) -> list[Variant]:
+    """The model as it is, and as it could be made."""
+    header, source = model.header, model.source
+    as_it_is = Variant(header.file_type or "as it is", header, request, header.file_type, source.name, is_current=True)
+    first = "" if source.is_here else f"{source.pull_command} && "
+    return [as_it_is] + [
+        Variant(
+            one.type,
+            one.header,
+            request,
+            one.type,
+            str(one.header.path),
+            command=first + shlex.join(["pyllamarun", "quantize", source.name, one.type]),
+        )
+        for one in found.offered
+    ]
+
+
+def _published(source: Source, header: Header, request: Request) -> Variant:
+    """A model of a repository, called by its quantization, or by its file where that does not tell it apart."""
+    name = parse_name(source.name[3:])
+    kind = name.quantization or quantization(name.file) or header.file_type
+    label = name.quantization or PurePosixPath(name.file).stem
+    return Variant(label, header, request, kind, source.name, command="" if source.is_here else source.pull_command)
+
+
+def _read_headers(sources: Sequence[Source]) -> list[Header | PyllamarunError]:
+    """A few at a time, in their order, each with its error if it has one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        return list(pool.map(_header_or_error, sources))
+
+
+def _header_or_error(source: Source) -> Header | PyllamarunError:
+    try:
+        return source.read_header()
+    except (DownloadError, ModelError, UsageError) as error:
+        return error
