@@ -51,7 +51,7 @@ CUresult cuMemGetAllocationGranularity(size_t * granularity, const CUmemAllocati
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle * handle, size_t size, const CUmemAllocationProp * properties,
                      unsigned long long) {
-    const int card = properties->location.id;
+    const int card = standin::visible_cards().at(size_t(properties->location.id));
     if (!standin::take(card, size, Kind::pool)) {
         return CUDA_ERROR_OUT_OF_MEMORY;
     }

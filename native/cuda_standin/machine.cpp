@@ -37,7 +37,7 @@ std::vector<std::string> split(const std::string & text, char separator) {
 
 Card parse_card(const std::string & text, int index) {
     std::vector<std::string> fields = split(text, ',');
-    fields.resize(10);
+    fields.resize(11);
     const auto number = [&](size_t i) { return std::atof(fields[i].c_str()); };
     Card card;
     card.index = index;
@@ -52,7 +52,30 @@ Card parse_card(const std::string & text, int index) {
     card.pcie_generation = int(number(7));
     card.pcie_lanes = int(number(8));
     card.reserved = size_t(number(9) * kMiB);
+    card.instance = size_t(number(10) * kMiB);
     return card;
+}
+
+bool starts_with(const std::string & text, const std::string & beginning) {
+    return text.compare(0, beginning.size(), beginning) == 0;
+}
+
+// The card that an entry of CUDA_VISIBLE_DEVICES names, or -1.
+int card_named(const std::string & entry) {
+    if (!entry.empty() && entry.find_first_not_of("0123456789") == std::string::npos) {
+        const unsigned long index = std::strtoul(entry.c_str(), nullptr, 10);
+        return index < cards().size() ? int(index) : -1;
+    }
+    int found = -1;
+    for (const Card & card : cards()) {
+        const bool named = (starts_with(entry, "GPU-") && starts_with(card.uuid(), entry)) ||
+                           (starts_with(entry, "MIG-") && card.instance && starts_with(card.instance_uuid(), entry));
+        if (named && found >= 0) {
+            return -1;
+        }
+        found = named ? card.index : found;
+    }
+    return found;
 }
 
 // "key=value" among the faults that were asked for.
@@ -163,7 +186,7 @@ size_t held_by_others(int card) {
 // With the lock held: whether so much more fits; if so it is counted.
 bool charge(int card, size_t bytes, size_t Usage::* what) {
     Usage & u = own()[size_t(card)];
-    if (cards()[size_t(card)].reserved + held_by_others(card) + u.total() + bytes > cards()[size_t(card)].total) {
+    if (cards()[size_t(card)].reserved + held_by_others(card) + u.total() + bytes > cards()[size_t(card)].memory()) {
         return false;
     }
     u.*what += bytes;
@@ -197,6 +220,38 @@ std::string Card::pci_bus_id() const {
     char text[16];
     std::snprintf(text, sizeof(text), "0000:%02x:00.0", index + 1);
     return text;
+}
+
+std::string Card::uuid() const {
+    char text[48];
+    std::snprintf(text, sizeof(text), "GPU-57a2d11%x-0000-0000-0000-%012d", unsigned(index) & 15, index);
+    return text;
+}
+
+std::string Card::instance_uuid() const {
+    return "MIG" + uuid().substr(3);
+}
+
+const std::vector<int> & visible_cards() {
+    static const std::vector<int> visible = [] {
+        std::vector<int> list;
+        const char * variable = std::getenv("CUDA_VISIBLE_DEVICES");
+        if (!variable) {
+            for (const Card & card : cards()) {
+                list.push_back(card.index);
+            }
+            return list;
+        }
+        for (const std::string & entry : split(variable, ',')) {
+            const int card = card_named(entry);
+            if (card < 0 || std::count(list.begin(), list.end(), card)) {
+                break;
+            }
+            list.push_back(card);
+        }
+        return list;
+    }();
+    return visible;
 }
 
 const std::vector<Card> & cards() {

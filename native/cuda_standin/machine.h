@@ -1,8 +1,10 @@
 // The machine that the stand-in shows: its cards, and what each process on it holds.
 //
 //   PYLLAMARUN_STANDIN_CARDS    one card per ";": "name,MiB,capability,SMs,shared KiB,bus bits,memory MHz,PCIe,lanes,
-//                               reserved MiB", e.g. "NVIDIA GeForce RTX 3060,12288,8.6,28,99,192,7501,4,16,244"; what
-//                               is reserved the driver keeps for itself
+//                               reserved MiB,MIG MiB", e.g. "NVIDIA GeForce RTX 3060,12288,8.6,28,99,192,7501,4,16,
+//                               244"; what is reserved the driver keeps for itself.  A card with "MIG MiB" is divided,
+//                               and CUDA sees its one instance, of that size, in place of the card
+//   CUDA_VISIBLE_DEVICES        as NVIDIA documents it: see visible_cards()
 //   PYLLAMARUN_STANDIN_STATE    folder of the machine, shared by all its processes; see below.  Without it a process is
 //                               alone on its machine and leaves no trace
 //   PYLLAMARUN_STANDIN_CONTEXT  bytes that a process costs on a card from its first use on (default 0)
@@ -29,8 +31,12 @@ struct Card {
     int major = 0, minor = 0, multiprocessors = 0;
     size_t shared_memory = 0;
     int bus_bits = 0, memory_mhz = 0, pcie_generation = 0, pcie_lanes = 0;
-    std::string pci_bus_id() const;
     int index = 0;
+    size_t instance = 0;  // its MIG instance's memory, 0 where it is not divided
+    std::string pci_bus_id() const;
+    std::string uuid() const;           // of the card
+    std::string instance_uuid() const;  // of its MIG instance
+    size_t memory() const { return instance ? instance : total; }
 };
 
 // What one process holds on one card.
@@ -43,6 +49,12 @@ struct Usage {
 enum class Kind { buffer, pool };
 
 const std::vector<Card> & cards();
+
+// The cards that CUDA shows this process, in its order, as indices into cards().  CUDA_VISIBLE_DEVICES lists them by
+// index or by the beginning of a UUID that only one has ("GPU-57a2", "MIG-57a2"); the first entry that names none ends
+// the list, so that an empty one and "-1" show nothing.  NVML does not heed it.
+const std::vector<int> & visible_cards();
+
 bool is_lost(int card);
 std::string nvml_fault();
 

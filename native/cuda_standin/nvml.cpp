@@ -114,9 +114,7 @@ int nvmlDeviceGetName(Device device, char * name, unsigned size) {
 }
 
 int nvmlDeviceGetUUID(Device device, char * uuid, unsigned size) {
-    char text[48];
-    std::snprintf(text, sizeof(text), "GPU-57a2d111-0000-0000-0000-%012d", device->index);
-    return copied(text, uuid, size);
+    return copied(device->uuid(), uuid, size);
 }
 
 int nvmlDeviceGetPciInfo_v3(Device device, PciInfo * info) {
@@ -150,6 +148,11 @@ int nvmlDeviceGetComputeRunningProcesses_v3(Device device, unsigned * count, Pro
 int nvmlDeviceGetGraphicsRunningProcesses_v3(Device, unsigned * count, ProcessInfo *) {
     *count = 0;
     return kSuccess;
+}
+
+int nvmlDeviceGetMigMode(Device device, unsigned * current, unsigned * pending) {
+    *current = *pending = device->instance ? 1 : 0;
+    return knows_nothing() ? kNotSupported : kSuccess;
 }
 
 int nvmlDeviceGetCudaComputeCapability(Device device, int * major, int * minor) {

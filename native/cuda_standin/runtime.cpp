@@ -12,8 +12,9 @@
 
 #include "machine.h"
 
-using standin::cards;
+using standin::Card;
 using standin::Kind;
+using standin::visible_cards;
 
 namespace {
 
@@ -22,7 +23,7 @@ struct Block {
     int card;
 };
 
-thread_local int current_card = 0;
+thread_local int current_device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 
 std::mutex blocks_mutex;
@@ -38,9 +39,25 @@ cudaError_t result(cudaError_t error) {
     return error;
 }
 
+bool is_valid(int device) {
+    return device >= 0 && size_t(device) < visible_cards().size();
+}
+
+// CUDA counts the cards that it shows; the machine counts all.
+int card_index(int device) {
+    return visible_cards()[size_t(device)];
+}
+
+const Card & card_of(int device) {
+    return standin::cards()[size_t(card_index(device))];
+}
+
 // The error of whatever touches the current card.
 cudaError_t card_state() {
-    return standin::is_lost(current_card) ? result(cudaErrorDevicesUnavailable) : cudaSuccess;
+    if (!is_valid(current_device)) {
+        return result(cudaErrorNoDevice);
+    }
+    return standin::is_lost(card_index(current_device)) ? result(cudaErrorDevicesUnavailable) : cudaSuccess;
 }
 
 // Address space that takes no memory until it is written to, which nobody does.
@@ -57,10 +74,6 @@ void * new_handle() {
     return reinterpret_cast<void *>(next += 16);
 }
 
-bool is_valid(int card) {
-    return card >= 0 && size_t(card) < cards().size();
-}
-
 }  // namespace
 
 extern "C" {
@@ -68,12 +81,12 @@ extern "C" {
 // ---- devices
 
 cudaError_t cudaGetDeviceCount(int * count) {
-    *count = int(cards().size());
+    *count = int(visible_cards().size());
     return *count > 0 ? cudaSuccess : result(cudaErrorNoDevice);
 }
 
 cudaError_t cudaGetDevice(int * device) {
-    *device = current_card;
+    *device = current_device;
     return cudaSuccess;
 }
 
@@ -81,8 +94,8 @@ cudaError_t cudaSetDevice(int device) {
     if (!is_valid(device)) {
         return result(cudaErrorInvalidDevice);
     }
-    current_card = device;
-    standin::touch(device);
+    current_device = device;
+    standin::touch(card_index(device));
     return card_state();
 }
 
@@ -94,10 +107,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int device) {
     if (!is_valid(device)) {
         return result(cudaErrorInvalidDevice);
     }
-    const standin::Card & card = cards()[size_t(device)];
+    const Card & card = card_of(device);
     std::memset(properties, 0, sizeof(*properties));
     std::snprintf(properties->name, sizeof(properties->name), "%s", card.name.c_str());
-    properties->totalGlobalMem = card.total;
+    properties->totalGlobalMem = card.memory();
     properties->major = card.major;
     properties->minor = card.minor;
     properties->multiProcessorCount = card.multiprocessors;
@@ -112,7 +125,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int device) {
     properties->maxGridSize[1] = properties->maxGridSize[2] = 65535;
     properties->cooperativeLaunch = 1;
     properties->memoryBusWidth = card.bus_bits;
-    properties->pciBusID = device + 1;
+    properties->pciBusID = card.index + 1;
     return cudaSuccess;
 }
 
@@ -120,7 +133,7 @@ cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int de
     if (!is_valid(device)) {
         return result(cudaErrorInvalidDevice);
     }
-    const standin::Card & card = cards()[size_t(device)];
+    const Card & card = card_of(device);
     switch (attribute) {
         case cudaDevAttrCooperativeLaunch:
         case cudaDevAttrHostRegisterSupported:
@@ -151,7 +164,7 @@ cudaError_t cudaDeviceGetPCIBusId(char * id, int size, int device) {
     if (!is_valid(device)) {
         return result(cudaErrorInvalidDevice);
     }
-    std::snprintf(id, size_t(size), "%s", cards()[size_t(device)].pci_bus_id().c_str());
+    std::snprintf(id, size_t(size), "%s", card_of(device).pci_bus_id().c_str());
     return cudaSuccess;
 }
 
@@ -170,22 +183,27 @@ cudaError_t cudaDeviceDisablePeerAccess(int) {
 // ---- memory
 
 cudaError_t cudaMemGetInfo(size_t * free, size_t * total) {
-    standin::touch(current_card);
-    *total = cards()[size_t(current_card)].total;
-    *free = *total - std::min(*total, standin::used_bytes(current_card));
-    return card_state();
+    if (cudaError_t error = card_state()) {
+        return error;
+    }
+    const Card & card = card_of(current_device);
+    standin::touch(card.index);
+    *total = card.memory();
+    *free = *total - std::min(*total, standin::used_bytes(card.index));
+    return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void ** data, size_t size) {
     if (cudaError_t lost = card_state()) {
         return lost;
     }
-    if (!standin::take(current_card, size, Kind::buffer)) {
+    const int card = card_index(current_device);
+    if (!standin::take(card, size, Kind::buffer)) {
         return result(cudaErrorMemoryAllocation);
     }
     *data = reserve(size);
     std::lock_guard<std::mutex> lock(blocks_mutex);
-    blocks()[*data] = {size, current_card};
+    blocks()[*data] = {size, card};
     return cudaSuccess;
 }
 
@@ -362,7 +380,7 @@ cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) {
     return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes * attributes, const void *) {
-    const standin::Card & card = cards()[size_t(current_card)];
+    const Card & card = card_of(current_device);
     std::memset(attributes, 0, sizeof(*attributes));
     attributes->maxThreadsPerBlock = 1024;
     attributes->numRegs = 64;

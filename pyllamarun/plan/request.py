@@ -129,3 +129,18 @@ def fixed_value(arguments: Sequence[str], *names: str) -> str | None:
             elif position + 1 < len(arguments):
                 value = arguments[position + 1]
     return value
+
+
+def without_option(arguments: Sequence[str], *names: str) -> list[str]:
+    """`arguments` without these options, each of which has a value."""
+    kept = []
+    skipped = 0
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if skipped:
+            skipped -= 1
+        elif name in names:
+            skipped = 0 if equals else 1
+        else:
+            kept.append(argument)
+    return kept

@@ -21,7 +21,8 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.models.skeleton import fingerprint
 from pyllamarun.plan.plan import DevicePlan, Plan
 from pyllamarun.plan.probe import Answer, Device, Scratch
-from pyllamarun.plan.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value, has_option
+from pyllamarun.plan.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value, has_option, without_option
+from pyllamarun.plan.residency import CACHE_RAM
 from pyllamarun.run.binaries import Build
 from pyllamarun.run.server import Running, Server, ready_server
 from pyllamarun.run.stage import ON_STANDIN, Stage, Usage
@@ -267,8 +268,8 @@ class Rehearsals:
         self._facts = [fingerprint(header), cards, stage.kind != "virtual", build.commit, build.backend]
 
     def _path(self, arguments: Sequence[str]) -> Path:
-        # After -m MODEL, where the model lies says nothing of its memory.
-        key = json.dumps([self._facts, list(arguments[2:])])
+        # Neither where the model lies (-m MODEL) nor what the prompt cache may take of RAM says anything of GPU memory.
+        key = json.dumps([self._facts, without_option(arguments[2:], *CACHE_RAM)])
         return self._folder / (hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32] + ".json")
 
     def applied(self, arguments: Sequence[str], answer: Answer) -> Answer:

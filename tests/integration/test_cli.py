@@ -162,7 +162,7 @@ def test_an_overhead_that_is_given_is_what_the_card_reserves(smollm2: Path) -> N
 
 def test_settings_of_llama_cpp_in_the_environment_do_not_change_a_plan(smollm2: Path) -> None:
     plans = [
-        json.loads(run_cli("plan", smollm2, *CARD, "--json", **variables).stdout)["data"]
+        json.loads(run_cli("plan", smollm2, *CARD, "--ram", "8GiB", "--json", **variables).stdout)["data"]
         for variables in ({}, {"LLAMA_ARG_DEVICE": "none", "LLAMA_ARG_CTX_SIZE": "64"})
     ]
     for plan in plans:

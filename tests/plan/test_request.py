@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyllamarun.errors import UsageError
-from pyllamarun.plan.request import Budget, fixed_value, parse_budgets
+from pyllamarun.plan.request import Budget, fixed_value, parse_budgets, without_option
 from pyllamarun.units import GIB, MIB, format_size, parse_size
 
 
@@ -78,3 +78,16 @@ def test_what_is_no_budget(text: str) -> None:
 )
 def test_fixed_values(arguments: list[str], value: str | None) -> None:
     assert fixed_value(arguments, "-ngl", "--gpu-layers") == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ([], []),
+        (["-fit", "off", "-cram", "0"], ["-fit", "off"]),
+        (["-cram=-1", "-fit", "off"], ["-fit", "off"]),
+        (["--cache-ram", "1", "-a", "-cram"], ["-a"]),
+    ],
+)
+def test_options_that_are_left_out(arguments: list[str], kept: list[str]) -> None:
+    assert without_option(arguments, "-cram", "--cache-ram") == kept
