@@ -18,7 +18,7 @@ from pyllamarun.models.quantize import known_types
 from pyllamarun.models.requantize import UNQUANTIZED, Requantizations, requantizations
 from pyllamarun.models.sources import Source
 from pyllamarun.plan.compare import Comparison, Row, recommend, rows_of
-from pyllamarun.plan.place import resolve_limits
+from pyllamarun.plan.limits import resolve_limits
 from pyllamarun.plan.plan import Plan
 from pyllamarun.plan.request import Request
 from pyllamarun.plan.variants import Variant, budgets, contexts, slot_counts

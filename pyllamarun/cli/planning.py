@@ -14,7 +14,7 @@ from pyllamarun.errors import UsageError
 from pyllamarun.machine.machine import Machine
 from pyllamarun.models.model import Model
 from pyllamarun.models.sources import resolve
-from pyllamarun.plan.place import GIVEN
+from pyllamarun.plan.limits import GIVEN
 from pyllamarun.plan.plan import Plan
 from pyllamarun.plan.request import Request, make_request
 from pyllamarun.plan.saved import read_plan

@@ -1,160 +1,29 @@
-"""Finds what goes to the GPU: as much as its memory, as llama.cpp itself counts it, holds within the budget."""
+"""Finds what goes to the GPUs: as much as their memory, as llama.cpp itself counts it, holds within the budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from pyllamarun.errors import DoesNotFit, UsageError
+from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.gguf import Header
-from pyllamarun.plan.probe import Answer, Device
-from pyllamarun.plan.request import (
-    ASSUMED_CONTEXT_BYTES,
-    ASSUMED_POOL_BYTES,
-    Request,
-    context_bytes,
-    fixed_value,
-    has_option,
-)
-from pyllamarun.plan.speed import TokenCost, token_cost
-from pyllamarun.plan.spill import OVERRIDES, Division, Piece, covers, divisions, stays_on_cpu
+from pyllamarun.plan.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout, Room
+from pyllamarun.plan.limits import DEVICES, Limit
+from pyllamarun.plan.placement import Placement
+from pyllamarun.plan.probe import Answer
+from pyllamarun.plan.request import Request, fixed_value, has_option
+from pyllamarun.plan.spill import OVERRIDES, Division, Piece, divisions, overridden
 from pyllamarun.units import format_size
 
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
-TENSOR_SPLIT = ("-ts", "--tensor-split")
-DEVICES = ("-dev", "--device")
-MAX_SPLIT_ATTEMPTS = 4
-MAX_FILL_ATTEMPTS = 6
-AS_ASKED = Division("layers", 0, 0)
-GIVEN, ASSUMED = "given", "assumed"
+# How the user divides layers among GPUs: then that is left to llama.cpp and them.
+SPLITS = ("-ts", "--tensor-split", "-sm", "--split-mode", "-mg", "--main-gpu")
+MAX_ATTEMPTS = 5
+MAX_SPLITS = 3
+UNDIVIDED = Division("layers", 0, 0)
 
 Ask = Callable[[Sequence[str]], Answer]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What the process may hold on one GPU.
-
-    `limit_bytes` is the budget, or less where less is free now.  `overhead_bytes` is held besides llama.cpp's buffers
-    and counts against it: the CUDA context, to which a placement adds its scratch pool; or, when it was given, both.
-    """
-
-    device: Device
-    budget_bytes: int
-    limit_bytes: int
-    overhead_bytes: int
-    overhead_source: str
-
-    @property
-    def buffer_bytes(self) -> int:
-        return max(0, self.limit_bytes - self.overhead_bytes)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One way to place the model, and what it takes; `left_behind` are tensors that would not fit with the others."""
-
-    division: Division
-    on_gpu: int
-    left_behind: tuple[Piece, ...]
-    split: tuple[int, ...]
-    arguments: tuple[str, ...]
-    answer: Answer
-    limits: tuple[Limit, ...]
-
-    @property
-    def gpu_layers(self) -> int:
-        return self.division.gpu_layers(self.on_gpu)
-
-    @property
-    def layers_on_cpu(self) -> int:
-        """How many of the first layers are on the CPU as a whole."""
-        return max(0, self.answer.offloadable_layers - self.gpu_layers)
-
-    def cost(self, header: Header) -> TokenCost:
-        return token_cost(header, self.answer, self.holds)
-
-    def holds(self, name: str) -> bool:
-        """Whether a tensor is on a GPU."""
-        return self.division.holds(name, self.on_gpu) and all(piece.name != name for piece in self.left_behind)
-
-    def scratch_bytes(self, limit: Limit) -> int:
-        """What is held besides buffers and context; assumed where the probe has no rules, as for Vulkan."""
-        if limit.overhead_source == GIVEN:
-            return 0
-        computed = self.answer.scratch_bytes(limit.device.name)
-        return ASSUMED_POOL_BYTES if computed is None else computed
-
-    def scratch_source(self, limit: Limit) -> str:
-        if limit.overhead_source == GIVEN:
-            return GIVEN
-        return ASSUMED if self.answer.scratch_bytes(limit.device.name) is None else self.answer.scratch_source
-
-    def used_bytes(self, limit: Limit) -> int:
-        return self.answer.bytes(device=limit.device.name) + limit.overhead_bytes + self.scratch_bytes(limit)
-
-    @property
-    def fits(self) -> bool:
-        return all(self.used_bytes(limit) <= limit.limit_bytes for limit in self.limits)
-
-    @property
-    def load(self) -> float:
-        """How full the fullest GPU is; above 1 it does not fit."""
-        return max((self.used_bytes(limit) / max(limit.limit_bytes, 1) for limit in self.limits), default=0.0)
-
-
-def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, ...]:
-    """One limit a GPU.
-
-    Raises UsageError when the budgets do not match the GPUs, DoesNotFit when one is larger than its GPU.
-    """
-    used = _chosen_devices(request, devices)
-    budgets = request.budgets
-    if budgets and not used:
-        raise UsageError(
-            "A VRAM budget was given, and there is no GPU.",
-            remedy="Plan for a card that is not here with --virtual-gpu 12GiB, or leave --vram out to use the CPU.",
-        )
-    if len(budgets) not in (0, 1, len(used)):
-        raise UsageError(
-            f"--vram has {len(budgets)} values, and there are {len(used)} GPUs.",
-            remedy="Give one value for all of them, or one each, separated by commas.",
-        )
-    limits = []
-    for position, device in enumerate(used):
-        # "free" was read by a process that holds a context of its own, as the server will.
-        free_bytes = min(device.total_bytes, device.free_bytes + context_bytes(request.overhead_bytes))
-        budget_bytes = free_bytes
-        if budgets:
-            budget = budgets[position] if len(budgets) > 1 else budgets[0]
-            budget_bytes = budget.resolve(device.total_bytes, free_bytes)
-        if budget_bytes > device.total_bytes:
-            raise DoesNotFit(
-                f"The budget for {device.name} is {format_size(budget_bytes)}, and the card has "
-                f"{format_size(device.total_bytes)}.",
-                remedy="Give a smaller --vram, or `max` for all that is free.",
-            )
-        overhead, source = request.overhead_bytes, GIVEN
-        if overhead is None:
-            overhead, source = ASSUMED_CONTEXT_BYTES, ASSUMED
-        limits.append(Limit(device, budget_bytes, min(budget_bytes, free_bytes), overhead, source))
-    return tuple(limits)
-
-
-def _chosen_devices(request: Request, devices: Sequence[Device]) -> list[Device]:
-    chosen = fixed_value(request.passthrough, *DEVICES)
-    if chosen is None:
-        return list(devices)
-    names = [] if chosen == "none" else chosen.split(",")
-    by_name = {device.name: device for device in devices}
-    for name in names:
-        if name not in by_name:
-            raise UsageError(
-                f"There is no device {name}.",
-                why="Devices: " + (", ".join(by_name) or "none"),
-                remedy="Name one of these after --device.",
-            )
-    return [by_name[name] for name in names]
 
 
 def place(header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask) -> Placement:
@@ -169,58 +38,41 @@ def place(header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask)
         if not placement.fits and not request.force:
             raise _does_not_fit(placement, f"With -ngl {fixed} as you asked, the model")
         return placement
-    nothing = search.nothing()
+    nothing = search.nothing(search.gpus)
     if not nothing.fits:
-        if request.force:
-            return nothing
-        raise _does_not_fit(nothing, "Even with every layer on the CPU, the model")
-    everything = search.everything(nothing)
-    if everything.fits:
-        return everything
-    chosen: Placement | None = None
-    for division in divisions(request.passthrough, nothing.answer, len(limits)):
-        if chosen and not (division.name == "feed_forward" and chosen.cost(header).has_much_attention_on_cpu):
-            break  # experts' divisions come in the order of their merit
-        found = search.best(division, nothing, everything)
-        if found and (chosen is None or found.cost(header).is_clearly_below(chosen.cost(header))):
-            chosen = found
-    return chosen or nothing
+        gpus = search.gpus.with_room(nothing)
+        if not gpus.limits or not search.may_choose_gpus:
+            if request.force:
+                return nothing
+            raise _does_not_fit(nothing, "Even with every layer on the CPU, the model")
+        search.gpus = gpus
+        nothing = search.nothing(gpus)
+    return search.everything(nothing) or search.best(nothing)
 
 
-def _largest_that_fits(
-    fits: Placement, too_large: Placement, at: Callable[[int], Placement]
-) -> tuple[Placement, Placement]:
-    """Narrows down between one that fits and one that does not, by interpolation: memory is nearly linear in steps.
+@dataclass(frozen=True)
+class _Gpus:
+    """GPUs that take part, in the order in which they take layers; `named` is whether that must be said."""
 
-    Returns the last that fits and the first that does not.
-    """
-    while too_large.on_gpu - fits.on_gpu > 1:
-        span = too_large.on_gpu - fits.on_gpu
-        share = (1.0 - fits.load) / (too_large.load - fits.load)
-        middle = at(fits.on_gpu + min(max(int(share * span), 1), span - 1))
-        if middle.fits:
-            fits = middle
-        else:
-            too_large = middle
-    return fits, too_large
+    limits: tuple[Limit, ...]
+    named: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(limit.device.name for limit in self.limits)
+
+    def only(self, limits: Iterable[Limit]) -> _Gpus:
+        return _Gpus(tuple(limits), True)
+
+    def with_room(self, placement: Placement) -> _Gpus:
+        """Those on which a placement fits."""
+        return self.only(limit for limit in self.limits if placement.used_bytes(limit) <= limit.limit_bytes)
 
 
-def _does_not_fit(placement: Placement, subject: str) -> DoesNotFit:
-    limit = max(placement.limits, key=lambda one: placement.used_bytes(one) - one.limit_bytes)
-    answer, name = placement.answer, limit.device.name
-    parts = ", ".join(
-        f"{use} {format_size(answer.bytes(device=name, use=use))}"
-        for use in ("weights", "context", "compute", "total")
-        if answer.bytes(device=name, use=use)
-    )
-    overhead = limit.overhead_bytes + placement.scratch_bytes(limit)
-    limited = "" if limit.limit_bytes == limit.budget_bytes else f" (of a budget of {format_size(limit.budget_bytes)})"
-    needed = placement.used_bytes(limit)
-    return DoesNotFit(
-        f"{subject} needs {format_size(needed)} on {name}, and may use {format_size(limit.limit_bytes)}{limited}.",
-        why=f"{parts}, overhead {format_size(overhead)} ({limit.overhead_source}).",
-        remedy=f"Allow --vram {-(-needed // 2**20)}MiB, or take less with a smaller -c, or a smaller -ub after `--`.",
-    )
+def _in_order(limits: tuple[Limit, ...]) -> _Gpus:
+    """The one that may hold most first: it computes what the CPU hands over of prompts, and is filled first."""
+    ordered = tuple(sorted(limits, key=lambda limit: -limit.limit_bytes))
+    return _Gpus(ordered, ordered != limits)
 
 
 class _Search:
@@ -231,118 +83,254 @@ class _Search:
         self._request = request
         self._limits = limits
         self._ask = ask
-        self._splits = len(limits) > 1 and not has_option(request.passthrough, *TENSOR_SPLIT)
+        self._placed_by_user = has_option(request.passthrough, *OVERRIDES)
+        self._split_by_user = has_option(request.passthrough, *SPLITS)
+        self.may_choose_gpus = not self._split_by_user and not has_option(request.passthrough, *DEVICES)
+        self.gpus = _in_order(limits) if self.may_choose_gpus else _Gpus(limits, False)
         self._known: dict[tuple[str, ...], Placement] = {}
+        self._layers: Layers | None = None
 
     def as_asked(self) -> Placement:
         """With the user's own -ngl, or without any GPU."""
+        gpus = _Gpus(self._limits, False)
         value = fixed_value(self._request.passthrough, *GPU_LAYERS)
         if value is None:
-            return self.nothing()
-        placement = self._placement(AS_ASKED, 0, (), [])
+            return self.nothing(gpus)
+        placement = self._placement(gpus, UNDIVIDED, 0, [])
         layers = placement.answer.offloadable_layers
         on_gpu = min(int(value), layers) if value.isdigit() else layers
         return replace(placement, division=Division("layers", layers, layers), on_gpu=on_gpu)
 
-    def nothing(self) -> Placement:
+    def nothing(self, gpus: _Gpus) -> Placement:
         """With every layer on the CPU."""
-        return self._placement(AS_ASKED, 0, (), ["-ngl", "0"])
+        placement = self._placement(gpus, UNDIVIDED, 0, ["-ngl", "0"])
+        layers = placement.answer.offloadable_layers
+        return replace(placement, division=Division("layers", layers, layers))
 
-    def everything(self, nothing: Placement) -> Placement:
-        layers = nothing.answer.offloadable_layers
-        return self._at(Division("layers", layers, layers), layers)
-
-    def best(self, division: Division, nothing: Placement, everything: Placement) -> Placement | None:
-        """The fullest placement of a division that fits, down to single tensors; None if none does."""
-        least = nothing if division.name == "layers" else self._at(division, 0)
-        if not least.fits:
+    def everything(self, nothing: Placement) -> Placement | None:
+        """All layers on as few GPUs as hold them; None if all of them do not."""
+        layers = self._model(nothing)
+        division = nothing.division
+        needed = sum(layers.sizes(division, layers.count)) + nothing.answer.bytes(use="context")
+        if self._split_by_user and len(self.gpus.limits) > 1:
             return None
-        least = replace(least, division=division, on_gpu=0)
-        most = replace(everything, division=division, on_gpu=division.steps)
-        if division.name == "attention":
-            most = self._at(division, division.steps)
-            if most.fits:
-                return most
-        fits, too_large = _largest_that_fits(least, most, lambda on_gpu: self._at(division, on_gpu))
-        return self._filled(fits, too_large) if len(self._limits) == 1 else fits
+        for count in range(1 if self.may_choose_gpus else len(self.gpus.limits), len(self.gpus.limits) + 1):
+            gpus = self.gpus if count == len(self.gpus.limits) else self.gpus.only(self.gpus.limits[:count])
+            if needed <= sum(limit.limit_bytes - limit.overhead_bytes for limit in gpus.limits):
+                found = self._everything_on(gpus, division, nothing)
+                if found:
+                    return found
+        return None
 
-    def _filled(self, fits: Placement, too_large: Placement) -> Placement:
-        """With as much of the next layer as there is room for: what has to stay on the CPU, and no more."""
-        if has_option(self._request.passthrough, *OVERRIDES):
-            return fits
-        (limit,) = self._limits
-        division, step = too_large.division, too_large.on_gpu
-        excess = too_large.used_bytes(limit) - limit.limit_bytes
-        # Some choices split the graph so that it needs more room to compute, which only llama.cpp can say.
-        for left in covers(division.pieces(step, self._header.tensors), excess)[:MAX_FILL_ATTEMPTS]:
-            candidate = self._at(division, step, left)
-            if candidate.fits:
-                return candidate
+    def _everything_on(self, gpus: _Gpus, division: Division, nothing: Placement) -> Placement | None:
+        like = nothing
+        for _ in range(MAX_SPLITS if len(gpus.limits) > 1 else 1):
+            split = self._room(gpus, division, like).whole(division.steps).split
+            if split == like.split:
+                break
+            like = self._at(gpus, division, Layout(division.steps, split))
+            if like.fits:
+                return like
+        if len(gpus.limits) == 1 or self._placed_by_user:
+            return None
+        return self._divided(gpus, division, like, BUT_ATTENTION, complete=True)
+
+    def best(self, nothing: Placement) -> Placement:
+        """The one that costs least a token of those that fit."""
+        chosen = nothing
+        for division in divisions(self._request.passthrough, nothing.answer):
+            if chosen is not nothing:
+                may_gain = division.name == "feed_forward" and chosen.cost(self._header).has_much_attention_on_cpu
+                if not may_gain:
+                    break  # experts' divisions come in the order of their merit
+            found = self._filled(division, nothing)
+            if found and (chosen is nothing or found.cost(self._header).is_clearly_below(chosen.cost(self._header))):
+                chosen = found
+        return chosen
+
+    def _filled(self, division: Division, nothing: Placement) -> Placement | None:
+        """The cheapest of a division: of whole layers, and with matrices that are elsewhere than their layer."""
+        if self._split_by_user and len(self.gpus.limits) > 1:
+            return self._bisected(division)
+        best = self._whole(division, nothing)
+        if self._placed_by_user or best is None:
+            return best
+        for kinds in (BUT_ATTENTION, ANY_MATRIX):
+            found = self._divided(self.gpus, division, best, kinds)
+            if found and found.cost(self._header).as_ram_bytes < best.cost(self._header).as_ram_bytes:
+                best = found
+        return best
+
+    def _whole(self, division: Division, nothing: Placement) -> Placement | None:
+        """The most steps in whole layers: either one more was asked about, or there cannot be room for it."""
+        best = None
+        if division.name in ("layers", "attention"):
+            best = replace(nothing, division=division)
+        like, too_much = nothing, division.steps + 1
+        while too_much > (lowest := best.on_gpu if best else -1) + 1:
+            room = self._room(self.gpus, division, like)
+            step = min(max(room.most(), lowest + 1), too_much - 1)
+            packing = room.whole(step)
+            if best and packing.overflow_bytes > self._compute_bytes(best):
+                break
+            like = self._at(self.gpus, division, Layout(step, packing.split))
+            again = self._room(self.gpus, division, like).whole(step)
+            if not like.fits and again.overflow_bytes <= 0 and again.split != packing.split:
+                like = self._at(self.gpus, division, Layout(step, again.split))
+            if like.fits:
+                best = like
+            else:
+                too_much = step
+        return best
+
+    def _compute_bytes(self, placement: Placement) -> int:
+        """By how much a placement's buffers could shrink in one of more layers: more is kept than computed with."""
+        return sum(placement.answer.bytes(device=name, use="compute") for name in placement.devices)
+
+    def _divided(
+        self, gpus: _Gpus, division: Division, like: Placement, kinds: frozenset[str], complete: bool = False
+    ) -> Placement | None:
+        """The most that fits with matrices elsewhere than their layer.  It lays them out, asks what that takes besides
+        its tensors, and lays them out anew; `like` is a placement which takes about as much besides."""
+        best: Placement | None = None
+        besides = highest = self._besides(gpus, like)
+        tried = set()
+        for _ in range(MAX_ATTEMPTS):
+            layout = self._room(gpus, division, like, besides).divided(kinds)
+            if layout in tried and best is None and besides != highest:
+                besides = highest
+                layout = self._room(gpus, division, like, besides).divided(kinds)
+            if (
+                layout is None
+                or layout in tried
+                or (complete and (layout.left_behind or layout.on_gpu < division.steps))
+            ):
+                break
+            tried.add(layout)
+            like = self._at(gpus, division, layout)
+            besides = self._besides(gpus, like)
+            highest = tuple(map(max, highest, besides))
+            if like.fits and (best is None or self._gpu_bytes(like) > self._gpu_bytes(best)):
+                best = like
+        return best
+
+    def _bisected(self, division: Division) -> Placement | None:
+        """The most that fits where the user has said how GPUs share the layers."""
+        fits, too_much = None, division.steps + 1
+        lowest = 0
+        while too_much - lowest > 1:
+            middle = (lowest + too_much) // 2
+            found = self._at(self.gpus, division, Layout(middle, ()))
+            if found.fits:
+                fits, lowest = found, middle
+            else:
+                too_much = middle
         return fits
 
-    def _at(self, division: Division, on_gpu: int, left_behind: tuple[Piece, ...] = ()) -> Placement:
-        if self._splits and on_gpu > 0:
-            return self._best_split(division, on_gpu)
-        where = [*division.arguments(on_gpu), *stays_on_cpu(left_behind)]
-        return self._placement(division, on_gpu, (), where, left_behind)
+    def _room(self, gpus: _Gpus, division: Division, like: Placement, besides: Sequence[float] | None = None) -> Room:
+        others = self._besides(gpus, like) if besides is None else besides
+        rooms = tuple(max(0.0, limit.limit_bytes - other) for limit, other in zip(gpus.limits, others))
+        return Room(self._model(like), division, self._context(like), rooms)
+
+    def _besides(self, gpus: _Gpus, placement: Placement) -> tuple[float, ...]:
+        """What each GPU holds besides the tensors that the arithmetic knows of."""
+        layers, division = self._model(placement), placement.division
+        known = dict.fromkeys(gpus.names, 0.0)
+        sizes = layers.sizes(division, placement.on_gpu)
+        context = self._context(placement)[layers.count - len(sizes) :]
+        position = 0
+        for name, count in zip(placement.devices, placement.split):
+            part = slice(position, position + count)
+            known[name] = sum(sizes[part]) + sum(context[part])
+            position += count
+        for piece in placement.left_behind:
+            known[self._home(placement, piece)] -= piece.size_bytes
+        for piece, name in placement.moved:
+            known[self._home(placement, piece)] -= piece.size_bytes
+            known[name] += piece.size_bytes
+        used = {limit.device.name: placement.used_bytes(limit) for limit in gpus.limits}
+        return tuple(used[name] - known[name] for name in gpus.names)
+
+    def _home(self, placement: Placement, piece: Piece) -> str:
+        """The GPU that a piece's layer is on."""
+        return replace(placement, left_behind=(), moved=()).device_of(piece.name) or ""
+
+    def _gpu_bytes(self, placement: Placement) -> int:
+        return sum(
+            placement.answer.bytes(device=name, use=use) for name in placement.devices for use in ("weights", "context")
+        )
+
+    def _context(self, placement: Placement) -> list[float]:
+        """Each layer's part of the KV cache, as if all layers had the same."""
+        answer = placement.answer
+        return [answer.bytes(use="context") / answer.layers] * answer.layers + [0.0] * (answer.nextn_layers + 1)
+
+    def _model(self, placement: Placement) -> Layers:
+        if self._layers is None:
+            layers = placement.answer.offloadable_layers
+            self._layers = Layers(self._header, layers, overridden(self._request.passthrough))
+        return self._layers
+
+    def _at(self, gpus: _Gpus, division: Division, layout: Layout) -> Placement:
+        moved = tuple((piece, gpus.names[gpu]) for piece, gpu in layout.moved)
+        return self._placement(
+            gpus, division, layout.on_gpu, division.arguments(layout.on_gpu), layout.split, layout.left_behind, moved
+        )
 
     def _placement(
         self,
+        gpus: _Gpus,
         division: Division,
         on_gpu: int,
-        split: tuple[int, ...],
         where: Sequence[str],
+        split: tuple[int, ...] = (),
         left_behind: tuple[Piece, ...] = (),
+        moved: tuple[tuple[Piece, str], ...] = (),
     ) -> Placement:
         request = self._request
         arguments = ["-m", str(self._header.path), "-c", str(request.context_tokens), "-np", str(request.slots), *where]
-        if split:
+        arguments += self._overrides(left_behind, moved)
+        if len(split) > 1:
             arguments += ["-ts", ",".join(map(str, split))]
+        if gpus.named:
+            arguments += ["-dev", ",".join(gpus.names)]
         arguments += ["-fit", "off", *request.passthrough]
         key = tuple(arguments)
         if key not in self._known:
             answer = self._ask(arguments)
-            self._known[key] = Placement(division, on_gpu, left_behind, split, key, answer, self._limits)
+            self._known[key] = Placement(
+                division, on_gpu, gpus.names, split, left_behind, moved, key, answer, self._limits
+            )
         return self._known[key]
 
-    def _best_split(self, division: Division, layers: int) -> Placement:
-        """Layers a GPU, first by budget, then by what llama.cpp says that each GPU's layers take."""
-        rooms = [float(limit.buffer_bytes) for limit in self._limits]
-        best = None
-        tried = set()
-        for _ in range(MAX_SPLIT_ATTEMPTS):
-            split = apportion(layers, rooms)
-            if split in tried:
-                break
-            tried.add(split)
-            placement = self._placement(division, layers, split, division.arguments(layers))
-            if best is None or placement.load < best.load:
-                best = placement
-            if placement.fits:
-                break
-            rooms = [self._room_in_layers(placement, limit, count) for limit, count in zip(self._limits, split)]
-        assert best is not None
-        return best
+    def _overrides(self, left_behind: Sequence[Piece], moved: Sequence[tuple[Piece, str]]) -> list[str]:
+        """Arguments that put these matrices elsewhere."""
+        places = [(piece, "CPU") for piece in left_behind]
+        places += [(piece, self._buffer_type(name)) for piece, name in moved]
+        return ["-ot", ",".join(f"{re.escape(piece.name)}={place}" for piece, place in places)] if places else []
 
-    def _room_in_layers(self, placement: Placement, limit: Limit, count: int) -> float:
-        """How many layers like its present ones would fill this GPU."""
-        answer, name = placement.answer, limit.device.name
-        compute = answer.bytes(device=name, use="compute")
-        fixed = compute + placement.scratch_bytes(limit)
-        layer_bytes = (answer.bytes(device=name) - compute) / count if count else 0.0
-        if not layer_bytes:
-            layer_bytes = sum(answer.bytes(device=one.device.name) for one in self._limits) / placement.gpu_layers
-        return max(0.0, (limit.buffer_bytes - fixed) / layer_bytes)
+    def _buffer_type(self, device: str) -> str:
+        """What llama.cpp calls a GPU's memory: CUDA0 as the GPU itself, but of an RPC device with its address."""
+        for placement in self._known.values():
+            for buffer in placement.answer.buffers:
+                if (buffer.device, buffer.kind) == (device, "device"):
+                    return buffer.buffer
+        return device
 
 
-def apportion(count: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Whole numbers in proportion to `shares` that add up to `count` (largest remainders first)."""
-    total = sum(shares)
-    if total <= 0:
-        return (count, *[0] * (len(shares) - 1))
-    exact = [count * share / total for share in shares]
-    whole = [int(value) for value in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (whole[i] - exact[i], i))
-    for i in by_remainder[: count - sum(whole)]:
-        whole[i] += 1
-    return tuple(whole)
+def _does_not_fit(placement: Placement, subject: str) -> DoesNotFit:
+    limit = max(placement.limits, key=lambda one: placement.used_bytes(one) - one.limit_bytes)
+    answer, name = placement.answer, limit.device.name
+    parts = ", ".join(
+        f"{use} {format_size(answer.bytes(device=name, use=use))}"
+        for use in ("weights", "context", "compute", "total")
+        if answer.bytes(device=name, use=use)
+    )
+    overhead = placement.overhead_bytes(limit)
+    limited = "" if limit.limit_bytes == limit.budget_bytes else f" (of a budget of {format_size(limit.budget_bytes)})"
+    needed = placement.used_bytes(limit)
+    return DoesNotFit(
+        f"{subject} needs {format_size(needed)} on {name}, and may use {format_size(limit.limit_bytes)}{limited}.",
+        why=f"{parts}, overhead {format_size(overhead)} ({limit.overhead_source}).",
+        remedy=f"Allow --vram {-(-needed // 2**20)}MiB, or take less with a smaller -c, or a smaller -ub after `--`.",
+    )

@@ -12,7 +12,9 @@ from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.output import printable
 from pyllamarun.plan import residency
-from pyllamarun.plan.place import Ask, Limit, Placement, place, resolve_limits
+from pyllamarun.plan.limits import Limit, resolve_limits
+from pyllamarun.plan.place import Ask, place
+from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import Request
 from pyllamarun.plan.residency import Residency
@@ -146,7 +148,7 @@ def _device_plan(placement: Placement, limit: Limit) -> DevicePlan:
         context_bytes=answer.bytes(device=name, use="context"),
         compute_bytes=answer.bytes(device=name, use="compute"),
         projector_bytes=answer.bytes(device=name, use="total"),
-        overhead_bytes=limit.overhead_bytes + placement.scratch_bytes(limit),
+        overhead_bytes=placement.overhead_bytes(limit),
         overhead_source=limit.overhead_source,
         scratch_bytes=placement.scratch_bytes(limit),
         scratch_source=placement.scratch_source(limit),

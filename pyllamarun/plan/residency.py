@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
-from pyllamarun.plan.place import Placement
+from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.request import Budget, Request, fixed_value, has_option
 from pyllamarun.units import MIB, format_size
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pyllamarun.models.gguf import Tensor
 from pyllamarun.plan.probe import Answer
 from pyllamarun.plan.request import has_option
 
-MORE_STEPS = 2
 ROW_PADDING = 512  # MATRIX_ROW_PADDING in ggml-cuda's common.cuh: the last row of a quantized tensor is padded to it
 
 EXPERTS = r"ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX in llama.cpp's common.h
@@ -73,18 +72,6 @@ class Division:
         """The layer that is on the GPU with `step` steps and not with one less; the output is none of them."""
         return self.layers - step if self.name in ("layers", "attention") else self.steps - step
 
-    def pieces(self, step: int, tensors: Iterable[Tensor]) -> list[Piece]:
-        """What can stay on the CPU alone, with `step` steps on the GPU: of the last one; of experts and feed-forward
-        matrices, which are few and large, also of those before it."""
-        kinds = {"experts": EXPERTS, "feed_forward": FEED_FORWARD}.get(self.name, MATRICES)
-        steps = range(max(1, step - MORE_STEPS), step + 1) if kinds is not MATRICES else [step]
-        layers = "|".join(str(self.layer_of_step(one)) for one in steps)
-        pattern = re.compile(rf"blk\.({layers})\.{kinds}\.weight")
-        found = [Piece(tensor.name, size_on_gpu(tensor)) for tensor in tensors if pattern.fullmatch(tensor.name)]
-        if self.name == "attention":
-            found = [piece for piece in found if not re.search(EXPERTS, piece.name)]
-        return found
-
 
 def size_on_gpu(tensor: Tensor) -> int:
     """Bytes on a CUDA device: ggml_backend_cuda_buffer_type_get_alloc_size."""
@@ -93,11 +80,11 @@ def size_on_gpu(tensor: Tensor) -> int:
     return tensor.size_bytes + padding
 
 
-def divisions(passthrough: Sequence[str], answer: Answer, gpus: int) -> list[Division]:
+def divisions(passthrough: Sequence[str], answer: Answer) -> list[Division]:
     """The ways worth trying, the plainest first; `answer` is about the model with all layers on the CPU."""
     everything = answer.offloadable_layers
     plain = Division("layers", everything, everything)
-    if gpus != 1 or has_option(passthrough, *OVERRIDES):
+    if has_option(passthrough, *OVERRIDES):
         return [plain]
     if answer.experts:
         experts = Division("experts", everything, answer.layers)
@@ -105,16 +92,34 @@ def divisions(passthrough: Sequence[str], answer: Answer, gpus: int) -> list[Div
     return [plain, Division("feed_forward", everything, answer.layers)]
 
 
-def stays_on_cpu(pieces: Sequence[Piece]) -> list[str]:
-    """Arguments that keep these tensors on the CPU."""
-    return ["-ot", ",".join(f"{re.escape(piece.name)}=CPU" for piece in pieces)] if pieces else []
-
-
-def covers(pieces: Sequence[Piece], needed_bytes: int) -> list[tuple[Piece, ...]]:
-    """All choices that come to at least `needed_bytes`, the smallest first, then those of fewest layers and pieces."""
+def cover(pieces: Sequence[Piece], needed_bytes: float) -> tuple[Piece, ...] | None:
+    """The choice of fewest bytes that comes to `needed_bytes`, of these the one of fewest layers and pieces."""
     choices: list[tuple[int, tuple[Piece, ...]]] = [(0, ())]
     for piece in pieces:
         choices += [(size + piece.size_bytes, (*others, piece)) for size, others in choices]
-    enough = [(size, choice) for size, choice in choices if size >= needed_bytes]
-    enough.sort(key=lambda one: (one[0], len({piece.layer for piece in one[1]}), len(one[1])))
-    return [choice for _, choice in enough]
+    least = min((size for size, _ in choices if size >= needed_bytes), default=None)
+    same = [choice for size, choice in choices if size == least]
+    return min(same, key=lambda one: (len({piece.layer for piece in one}), len(one)), default=None)
+
+
+def overridden(passthrough: Sequence[str]) -> Callable[[str], bool]:
+    """Whether what the user wrote after `--` says of a tensor where it goes."""
+    patterns = []
+    for option, value in zip(passthrough, [*passthrough[1:], ""]):
+        name, equals, attached = option.partition("=")
+        value = attached if equals else value
+        if name in ("-cmoe", "--cpu-moe"):
+            patterns.append(rf"\.{EXPERTS}")
+        elif name in ("-ncmoe", "--n-cpu-moe", "-ncffn", "--n-cpu-ffn") and value.isdecimal():
+            kinds = EXPERTS if "moe" in name else rf"{FEED_FORWARD}\."
+            patterns += [rf"blk\.{layer}\.{kinds}" for layer in range(int(value))]
+        elif name in ("-ot", "--override-tensor"):
+            patterns += [part.partition("=")[0] for part in value.split(",")]
+    return lambda name: any(_finds(pattern, name) for pattern in patterns)
+
+
+def _finds(pattern: str, name: str) -> bool:
+    try:
+        return bool(re.search(pattern, name))
+    except re.error:  # llama.cpp's are ECMAScript's
+        return False

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pyllamarun.models.gguf import Header
-from pyllamarun.plan.place import Limit
+from pyllamarun.plan.limits import Limit
 from pyllamarun.plan.request import Budget, Request
 from pyllamarun.units import GIB, format_size
 

@@ -10,7 +10,8 @@ import synthetic
 from harness import Machine
 
 from pyllamarun.models.gguf import read_header
-from pyllamarun.plan.place import place, resolve_limits
+from pyllamarun.plan.limits import resolve_limits
+from pyllamarun.plan.place import place
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import Budget, Request
 from pyllamarun.units import MIB
