@@ -19,3 +19,6 @@ class CapturedLog {
     int original_stderr_;
     int captured_;
 };
+
+// For a thread that does what another one does as well, and would say the same.
+void mute_this_thread();

@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <functional>
+#include <future>
 #include <stdexcept>
 #include <vector>
 
@@ -14,7 +16,7 @@
 
 namespace {
 
-bool keeps_assignments = false;
+thread_local bool keeps_assignments = false;
 
 struct KeepAssignments {
     KeepAssignments() { keeps_assignments = true; }
@@ -123,6 +125,71 @@ void fill_a_slot(llama_context & context, const Visit & visit) {
     }
 }
 
+// One graph that was measured: its number among all of them, the prompt that it is of (0: as reserved when the server
+// is ready), and its sizes per sched backend.
+struct Measurement {
+    size_t number;
+    uint32_t prompt_tokens;
+    std::vector<size_t> sizes;
+};
+
+struct Share {
+    std::vector<Measurement> measurements;
+    ScratchMemory scratch;
+};
+
+// Every `stride`-th graph, from number `first` on.
+Share measure_share(llama_context & context, size_t first, size_t stride) {
+    Share share;
+    size_t number = 0;
+    const auto measure = [&](const Shape & shape, uint32_t prompt, const llama_memory_context_i * memory) {
+        if (number++ % stride == first) {
+            share.measurements.push_back({number, prompt, graph_sizes(context, shape, memory, share.scratch)});
+        }
+    };
+    llama_memory_context_ptr full;
+    if (context.get_memory()) {
+        full = context.get_memory()->init_full();
+    }
+    for (const Shape & shape : reserved_shapes(context)) {
+        measure(shape, 0, full.get());
+    }
+    if (context.get_memory()) {
+        fill_a_slot(context, measure);
+    }
+    return share;
+}
+
+ComputeMemory combined(llama_context & context, const std::vector<Share> & shares) {
+    ComputeMemory result;
+    std::vector<const Measurement *> measurements;
+    for (const Share & share : shares) {
+        for (const Measurement & one : share.measurements) {
+            measurements.push_back(&one);
+        }
+        for (const auto & [device, scratch] : share.scratch) {
+            result.scratch[device].include(scratch);
+        }
+    }
+    std::sort(measurements.begin(), measurements.end(),
+              [](const Measurement * a, const Measurement * b) { return a->number < b->number; });
+    ggml_backend_sched_t sched = context.get_sched();
+    for (const Measurement * one : measurements) {
+        for (size_t i = 0; i < one->sizes.size(); i++) {
+            ggml_backend_t backend = ggml_backend_sched_get_backend(sched, int(i));
+            ComputeBuffer & buffer = result.buffers[ggml_backend_sched_get_buffer_type(sched, backend)];
+            if (one->prompt_tokens == 0) {
+                buffer.at_ready = std::max(buffer.at_ready, one->sizes[i]);
+            }
+            if (one->sizes[i] > buffer.in_use) {
+                buffer.in_use = one->sizes[i];
+                buffer.worst_prompt_tokens = one->prompt_tokens;
+            }
+        }
+    }
+    return result;
+}
+
 }  // namespace
 
 // These three take the place of ggml's own functions for the libraries that call them: a program's symbols come first.
@@ -147,35 +214,14 @@ extern "C" void ggml_backend_sched_reserve_size(ggml_backend_sched_t sched, ggml
     reserve_size(sched, graph, sizes);
 }
 
-ComputeMemory measure_compute_memory(llama_context * context) {
-    ggml_backend_sched_t sched = context->get_sched();
-    ComputeMemory result;
-    const auto buffer_of = [&](size_t i) -> ComputeBuffer & {
-        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, int(i));
-        return result.buffers[ggml_backend_sched_get_buffer_type(sched, backend)];
-    };
-    llama_memory_context_ptr full;
-    if (context->get_memory()) {
-        full = context->get_memory()->init_full();
+ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts) {
+    std::vector<std::future<Share>> others;
+    for (size_t i = 1; i < contexts.size(); i++) {
+        others.push_back(std::async(std::launch::async, measure_share, std::ref(*contexts[i]), i, contexts.size()));
     }
-    for (const Shape & shape : reserved_shapes(*context)) {
-        const std::vector<size_t> sizes = graph_sizes(*context, shape, full.get(), result.scratch);
-        for (size_t i = 0; i < sizes.size(); i++) {
-            ComputeBuffer & buffer = buffer_of(i);
-            buffer.at_ready = buffer.in_use = std::max(buffer.at_ready, sizes[i]);
-        }
+    std::vector<Share> shares{measure_share(*contexts[0], 0, contexts.size())};
+    for (std::future<Share> & other : others) {
+        shares.push_back(other.get());
     }
-    if (context->get_memory()) {
-        fill_a_slot(*context, [&](const Shape & shape, uint32_t prompt, const llama_memory_context_i * memory) {
-            const std::vector<size_t> sizes = graph_sizes(*context, shape, memory, result.scratch);
-            for (size_t i = 0; i < sizes.size(); i++) {
-                ComputeBuffer & buffer = buffer_of(i);
-                if (sizes[i] > buffer.in_use) {
-                    buffer.in_use = sizes[i];
-                    buffer.worst_prompt_tokens = prompt;
-                }
-            }
-        });
-    }
-    return result;
+    return combined(*contexts[0], shares);
 }

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <vector>
 
 #include "ggml-backend.h"
 #include "scratch_memory.h"
@@ -21,11 +22,12 @@ struct ComputeMemory {
     ScratchMemory scratch;  // in use
 };
 
-// For a context opened on a model that was loaded with no_alloc, which it leaves unusable.
+// For contexts opened on a model that was loaded with no_alloc, all with the same parameters; they share the work, a
+// thread each, and are left unusable.
 //
 // What llama.cpp measures of itself is neither.  It measures one graph, and in doing so forgets which backend its
 // builder had chosen for the layers' norms (ggml_backend_sched_reserve_size resets the scheduler after the graph was
 // built; ggml_backend_sched_reserve, which allocates, does not).  And the graph that it reserves for is not always the
 // largest: where layers are split between GPU and CPU, each change between a prompt and generation lays the buffer out
 // anew, and smaller tensors can be laid out worse.
-ComputeMemory measure_compute_memory(llama_context * context);
+ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts);

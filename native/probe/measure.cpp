@@ -1,10 +1,14 @@
 #include "measure.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <chrono>
+#include <future>
 #include <stdexcept>
 
 #include "arg.h"
+#include "captured_log.h"
 #include "common.h"
 #include "compute_buffers.h"
 #include "ggml-backend.h"
@@ -18,6 +22,8 @@
 using json = nlohmann::ordered_json;
 
 namespace {
+
+constexpr size_t kMostContexts = 4;
 
 // llama-server's own treatment of its arguments after parsing them: llama_server() in tools/server/server.cpp and
 // server_output_limits() in tools/server/server-context.cpp.
@@ -159,11 +165,26 @@ void add_scratch(json & answer, const ScratchMemory & memory, const char * part)
     }
 }
 
-void add_context(json & answer, llama_context * context, const char * part, bool mapped, bool with_weights) {
-    const auto [compute, scratch] = measure_compute_memory(context);
+// Contexts with the same parameters, of which only the first speaks for itself.
+struct Contexts {
+    std::vector<llama_context_ptr> all;
+
+    llama_context * first() const { return all.front().get(); }
+
+    std::vector<llama_context *> pointers() const {
+        std::vector<llama_context *> result;
+        for (const llama_context_ptr & one : all) {
+            result.push_back(one.get());
+        }
+        return result;
+    }
+};
+
+void add_context(json & answer, const Contexts & contexts, const char * part, bool mapped, bool with_weights) {
+    const auto [compute, scratch] = measure_compute_memory(contexts.pointers());
     json & buffers = answer["buffers"];
     add_scratch(answer, scratch, part);
-    for (const auto & [type, memory] : llama_get_memory_breakdown(context)) {
+    for (const auto & [type, memory] : llama_get_memory_breakdown(contexts.first())) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(type);
         const bool on_device = !ggml_backend_buft_is_host(type) && !is_repacking(type);
         const char * device = dev && on_device ? ggml_backend_dev_name(dev) : "CPU";
@@ -209,12 +230,34 @@ llama_model_ptr load(common_params & params, bool mapped) {
     return model;
 }
 
-llama_context_ptr open(llama_model * model, const llama_context_params & context_params) {
-    llama_context_ptr context(llama_init_from_model(model, context_params));
-    if (!context) {
-        throw std::runtime_error("llama.cpp refuses the context");
+// `count` contexts, each opened by a thread of its own.
+Contexts open(llama_model * model, const llama_context_params & context_params, size_t count) {
+    std::vector<std::future<llama_context_ptr>> others;
+    for (size_t i = 1; i < count; i++) {
+        others.push_back(std::async(std::launch::async, [&] {
+            mute_this_thread();
+            return llama_context_ptr(llama_init_from_model(model, context_params));
+        }));
     }
-    return context;
+    Contexts contexts;
+    contexts.all.emplace_back(llama_init_from_model(model, context_params));
+    for (auto & other : others) {
+        contexts.all.push_back(other.get());
+    }
+    for (const llama_context_ptr & context : contexts.all) {
+        if (!context) {
+            throw std::runtime_error("llama.cpp refuses the context");
+        }
+    }
+    return contexts;
+}
+
+// How many contexts share the work: more than a few would cost more to open than they save.  Samplers belong to one.
+size_t context_count(const common_params & params) {
+    cpu_set_t allowed;
+    const bool is_known = sched_getaffinity(0, sizeof(allowed), &allowed) == 0;
+    const size_t cores = is_known ? size_t(CPU_COUNT(&allowed)) : 1;
+    return params.sampling.backend_sampling ? 1 : std::min(cores, kMostContexts);
 }
 
 // Samplers that run on the device are part of the graph (common_init_result).
@@ -256,8 +299,8 @@ void add_draft(json & answer, common_params & params, llama_model * target, llam
     if (has_draft) {
         draft = load(draft_params, mapped);
     }
-    llama_context_ptr context = open(has_draft ? draft.get() : target, context_params);
-    add_context(answer, context.get(), "draft", mapped, has_draft);
+    const Contexts contexts = open(has_draft ? draft.get() : target, context_params, 1);
+    add_context(answer, contexts, "draft", mapped, has_draft);
 }
 
 // server_context_impl::load_model's parameters for the vision or audio projector.
@@ -295,21 +338,22 @@ json measure_memory(const std::vector<std::string> & server_arguments) {
     llama_model_ptr model = load(params, mapped);
     llama_context_params context_params = common_context_params_to_llama(params);
     BackendSamplers samplers(model.get(), params, context_params);
-    llama_context_ptr context = open(model.get(), context_params);
+    const Contexts contexts = open(model.get(), context_params, context_count(params));
+    llama_context * context = contexts.first();
 
     json answer;
     answer["n_layer"] = llama_model_n_layer(model.get());
     answer["n_layer_nextn"] = llama_model_n_layer_nextn(model.get());
-    answer["n_ctx"] = llama_n_ctx(context.get());
-    answer["n_ctx_slot"] = llama_n_ctx_seq(context.get());
+    answer["n_ctx"] = llama_n_ctx(context);
+    answer["n_ctx_slot"] = llama_n_ctx_seq(context);
     answer["n_slots"] = params.n_parallel;
     answer["n_ctx_train"] = llama_model_n_ctx_train(model.get());
     answer["n_expert"] = llama_model_n_expert(model.get());
     answer["n_params"] = llama_model_n_params(model.get());
     answer["buffers"] = json::array();
     answer["scratch"] = json::array();
-    add_context(answer, context.get(), "model", mapped, true);
-    add_draft(answer, params, model.get(), context.get(), mapped);
+    add_context(answer, contexts, "model", mapped, true);
+    add_draft(answer, params, model.get(), context, mapped);
     add_mmproj(answer["buffers"], params);
     const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
     answer["milliseconds"] = elapsed.count();

@@ -2,8 +2,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <shared_mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "ggml.h"
 
@@ -41,11 +44,19 @@ std::string key_of(const ggml_tensor * op, const cuda_rules::Card & card) {
 
 cuda_rules::Scratch scratch_of(const ggml_tensor * op, const cuda_rules::Card & card) {
     static std::unordered_map<std::string, cuda_rules::Scratch> known;
-    const auto [entry, is_new] = known.try_emplace(key_of(op, card));
-    if (is_new) {
-        entry->second = cuda_rules::scratch(op, card);
+    static std::shared_mutex mutex;
+    std::string key = key_of(op, card);
+    {
+        std::shared_lock<std::shared_mutex> lock(mutex);
+        const auto found = known.find(key);
+        if (found != known.end()) {
+            return found->second;
+        }
     }
-    return entry->second;
+    const cuda_rules::Scratch scratch = cuda_rules::scratch(op, card);
+    std::unique_lock<std::shared_mutex> lock(mutex);
+    known.emplace(std::move(key), scratch);
+    return scratch;
 }
 
 }  // namespace
