@@ -28,14 +28,14 @@ from pyllamarun.plan.request import Budget, Request, make_request
 from pyllamarun.plan.saved import confirm
 from pyllamarun.run.binaries import Binaries, find_binaries
 from pyllamarun.run.rehearsal import Rehearsals
-from pyllamarun.run.stage import REAL, Stage, list_devices, open_probe, open_stage
+from pyllamarun.run.stage import CARDS, REAL, Stage, open_probe, open_stage
 
 # Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.
 NEEDS_VOCABULARY = ("-bs", "--backend-sampling")
 
 
 class Planner:
-    """Plans for one machine, as long as its `with` block lasts: the memory probe is started once.
+    """Plans for one machine, as long as its `with` block lasts: the memory probe is started once, at its beginning.
 
     The probe holds a CUDA context on each card; `free_gpus` ends it, before a plan is carried out.
 
@@ -49,12 +49,14 @@ class Planner:
         self._stack = ExitStack()
         self._probing = ExitStack()
         self._probe: Probe | None = None
+        self._probe_knows_cards = False
         self._skeletons: list[tuple[Header, Path]] = []
 
     def __enter__(self) -> Planner:
         with self._stack:
             self._stage = self._stack.enter_context(open_stage(self.binaries, self.machine, self._overhead_bytes))
             self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pyllamarun-")))
+            self._start_probe()  # which takes its time, while a header is read
             self._stack = self._stack.pop_all()
         return self
 
@@ -67,7 +69,7 @@ class Planner:
     @functools.cached_property
     def devices(self) -> tuple[Device, ...]:
         """The GPUs that llama.cpp sees."""
-        return list_devices(self.binaries, self._stage)
+        return self._running_probe().devices()
 
     @functools.cached_property
     def stage(self) -> Stage:
@@ -104,10 +106,20 @@ class Planner:
         """What rehearsals of a model have shown on this stage."""
         return Rehearsals(paths.state_folder() / "rehearsals", header, self.stage, self.binaries.build)
 
+    def _start_probe(self) -> Probe:
+        self._probe = self._probing.enter_context(open_probe(self.binaries, self._stage))
+        self._probe_knows_cards = self._stage.kind != REAL
+        return self._probe
+
+    def _running_probe(self) -> Probe:
+        return self._probe or self._start_probe()
+
     def _ask(self, header: Header) -> _Questions:
-        if self._probe is None:
-            self._probe = self._probing.enter_context(open_probe(self.binaries, self.stage))
-        return _Questions(self._probe, header, self.skeleton(header), self.rehearsals(header))
+        probe, cards = self._running_probe(), self.stage.environment.get(CARDS)
+        if not self._probe_knows_cards and cards is not None:
+            probe.tell_cards(cards)
+        self._probe_knows_cards = True
+        return _Questions(probe, header, self.skeleton(header), self.rehearsals(header))
 
     def skeleton(self, header: Header) -> Path:
         """The model's skeleton, which is there as long as the planner."""

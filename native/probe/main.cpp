@@ -1,7 +1,12 @@
 // pyllamarun-probe: what llama-server would allocate, without allocating it.
 //
-//   pyllamarun-probe                          reads one JSON array of llama-server arguments a line, answers one JSON
-//                                             object a line (measure.h), until its input ends
+//   pyllamarun-probe                          answers each line of its input with one line of JSON:
+//                                             an array of llama-server arguments   what they take (measure.h)
+//                                             "devices"                            the devices (machine.h), as they
+//                                                                                  were when it started
+//                                             {"cards": "…"}                       {}: which cards the devices are
+//                                                                                  (cuda_rules/card.h), before the
+//                                                                                  first question
 //   pyllamarun-probe --devices                lists devices (machine.h)
 //   pyllamarun-probe --read-bandwidth [N]     measures RAM read bandwidth with 1 and N threads (machine.h)
 //   pyllamarun-probe --version
@@ -40,10 +45,18 @@ json error(const std::string & what, const std::vector<std::string> & log) {
     return {{"error", what}, {"log", log}};
 }
 
-json answer(const std::string & line, CapturedLog & log) {
+json answer(const std::string & line, const json & devices, CapturedLog & log) {
     log.clear();
     try {
-        return measure_memory(json::parse(line).get<std::vector<std::string>>());
+        const json question = json::parse(line);
+        if (question == "devices") {
+            return devices;
+        }
+        if (question.is_object()) {
+            setenv("PYLLAMARUN_CARDS", question.at("cards").get<std::string>().c_str(), 1);
+            return json::object();
+        }
+        return measure_memory(question.get<std::vector<std::string>>());
     } catch (const std::exception & e) {
         return error(e.what(), log.lines());
     }
@@ -61,8 +74,9 @@ int serve_questions() {
     CapturedLog log;
     log_at_abort = &log;
     ggml_set_abort_callback(answer_abort);
+    const json devices = list_devices();
     for (std::string line; std::getline(std::cin, line);) {
-        print(answer(line, log));
+        print(answer(line, devices, log));
     }
     return EXIT_SUCCESS;
 }

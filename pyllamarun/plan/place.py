@@ -152,6 +152,9 @@ class _Search:
         """The cheapest of a division: of whole layers, and with matrices that are elsewhere than their layer."""
         if self._split_by_user and len(self.gpus.limits) > 1:
             return self._bisected(division)
+        at_once = self._filled_at_once(division, nothing)
+        if at_once:
+            return at_once
         best = self._whole(division, nothing)
         if self._placed_by_user or best is None:
             return best
@@ -160,6 +163,20 @@ class _Search:
             if found and found.cost(self._header).as_ram_bytes < best.cost(self._header).as_ram_bytes:
                 best = found
         return best
+
+    def _filled_at_once(self, division: Division, nothing: Placement) -> Placement | None:
+        """The fullest on a single GPU, with any matrices elsewhere, if it takes no more besides its tensors than a
+        model that is on the CPU: then no other layout is likely to take less, and none need be asked about."""
+        if self._placed_by_user or len(self.gpus.limits) > 1:
+            return None
+        layout = self._room(self.gpus, division, nothing).divided(ANY_MATRIX)
+        if layout is None:
+            return None
+        found = self._at(self.gpus, division, layout)
+        if not found.fits or self._besides(self.gpus, found) > self._besides(self.gpus, nothing):
+            return None
+        whole = replace(found, on_gpu=found.on_gpu - 1, left_behind=())
+        return found if found.cost(self._header).as_ram_bytes < whole.cost(self._header).as_ram_bytes else None
 
     def _whole(self, division: Division, nothing: Placement) -> Placement | None:
         """The most steps in whole layers: either one more was asked about, or there cannot be room for it."""

@@ -102,10 +102,29 @@ class Probe:
     def ask(self, arguments: Sequence[str]) -> Answer:
         """Raises Refused with llama.cpp's reason, or BinaryError when the probe died."""
         self.questions += 1
+        line = self._answer_to(list(arguments))
+        try:
+            data = json.loads(line)
+        except ValueError:
+            raise Refused("llama-server would print this and end.", why=line.strip()) from None
+        return _answer(data)
+
+    def devices(self) -> tuple[Device, ...]:
+        """The GPUs that llama.cpp sees, as they were when the probe started; BinaryError when it cannot say."""
+        names = ("name", "description", "backend", "type", "id", "free_bytes", "total_bytes")
+        entries = json.loads(self._answer_to("devices"))
+        devices = (Device(**{name: entry[name] for name in names}) for entry in entries)
+        return tuple(device for device in devices if device.type == "gpu")
+
+    def tell_cards(self, cards: str) -> None:
+        """Which cards the devices are, as native/cuda_rules/card.h describes them; before the first question."""
+        self._answer_to({"cards": cards})
+
+    def _answer_to(self, question: object) -> str:
         assert self._process.stdin
         assert self._process.stdout
         try:
-            self._process.stdin.write(json.dumps(list(arguments)) + "\n")
+            self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
@@ -113,14 +132,10 @@ class Probe:
         if not line:
             raise BinaryError(
                 "The memory probe ended without an answer.",
-                why=f"Exit status {self._process.poll()}, asked about: {' '.join(arguments)}",
+                why=f"Exit status {self._process.wait()}, asked about: {question}",
                 remedy="Run `pyllamarun doctor`.",
             )
-        try:
-            data = json.loads(line)
-        except ValueError:
-            raise Refused("llama-server would print this and end.", why=line.strip()) from None
-        return _answer(data)
+        return line
 
 
 def _answer(data: dict[str, object]) -> Answer:
@@ -154,10 +169,3 @@ def _integer(data: dict[str, object], key: str) -> int:
     value = data[key]
     assert isinstance(value, int)
     return value
-
-
-def parse_devices(text: str) -> tuple[Device, ...]:
-    """What `pyllamarun-probe --devices` prints, GPUs only."""
-    names = ("name", "description", "backend", "type", "id", "free_bytes", "total_bytes")
-    devices = (Device(**{name: entry[name] for name in names}) for entry in json.loads(text))
-    return tuple(device for device in devices if device.type == "gpu")

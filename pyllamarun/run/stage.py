@@ -9,17 +9,17 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyllamarun.errors import BinaryError
 from pyllamarun.machine.cards import Card
 from pyllamarun.machine.machine import Machine
-from pyllamarun.plan.probe import Device, Probe, parse_devices
+from pyllamarun.plan.probe import Device, Probe
 from pyllamarun.plan.request import VirtualGpu, context_bytes
 from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, PROBE, STANDIN, Binaries
 from pyllamarun.run.command import environment, exact_mib
-from pyllamarun.run.process import output_of, running
+from pyllamarun.run.process import running
 from pyllamarun.units import KIB, MIB
 
 STATE = "PYLLAMARUN_VIRTUAL_STATE"
+CARDS = "PYLLAMARUN_CARDS"
 REAL, VIRTUAL, ON_STANDIN = "real", "virtual", "standin"
 
 _STANDIN_NAMES = ("libcudart.so.12", "libcudart.so.13", "libcublas.so.12", "libcublas.so.13", "libcublasLt.so.12",
@@ -74,7 +74,7 @@ class Stage:
 
     def knowing(self, cards: Sequence[Card | None], binaries: Binaries) -> Stage:
         """This stage with its cards known to the memory probe, which counts their scratch pools."""
-        variables = {"PYLLAMARUN_CARDS": ";".join(_rules_line(card, binaries) for card in cards)} if any(cards) else {}
+        variables = {CARDS: ";".join(_rules_line(card, binaries) for card in cards)} if any(cards) else {}
         without = tuple(card for card in cards if card and binaries.build.compiled_for(card.compute_capability) == "0")
         return replace(self, environment={**self.environment, **variables}, cards=tuple(cards), without_kernels=without)
 
@@ -164,11 +164,8 @@ def _virtual(gpu: Card | int, context: int) -> VirtualGpu:
 
 def list_devices(binaries: Binaries, stage: Stage) -> tuple[Device, ...]:
     """The GPUs that llama.cpp would see."""
-    status, text = output_of([binaries.path(PROBE), "--devices"], stage.environment)
-    lines = [line for line in text.splitlines() if line.startswith("[")]
-    if status != 0 or not lines:
-        raise BinaryError("llama.cpp cannot list its devices.", why=text.strip(), remedy="Run `pyllamarun doctor`.")
-    return parse_devices(lines[-1])
+    with open_probe(binaries, stage) as probe:
+        return probe.devices()
 
 
 @contextmanager
