@@ -27,7 +27,7 @@ from pyllamarun.plan.probe import Answer, Device, Probe, Refused
 from pyllamarun.plan.request import Budget, Request, make_request
 from pyllamarun.plan.saved import confirm
 from pyllamarun.run.binaries import Binaries, find_binaries
-from pyllamarun.run.rehearsal import Rehearsals
+from pyllamarun.run.rehearsed import Rehearsals
 from pyllamarun.run.stage import CARDS, REAL, Stage, open_probe, open_stage
 
 # Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.

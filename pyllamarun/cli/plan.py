@@ -40,7 +40,7 @@ def command(options: PlanOptions, save: str | None, axis: str | None, as_json: b
 
 def _printed_models(options: PlanOptions, as_json: bool) -> bool:
     """Whether MODEL is a repository with several models, which were planned and compared."""
-    from pyllamarun.models.sources import repository
+    from pyllamarun.models.network import repository
 
     models = repository(options.model)
     if len(models) > 1:

@@ -6,7 +6,6 @@ any model takes some tens of KiB on disk and milliseconds to load.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Iterable, Mapping
@@ -79,6 +78,8 @@ def _made_up_vocabulary(size: int) -> dict[str, Value]:
 
 def fingerprint(header: Header) -> str:
     """Tells models apart as far as memory depends on them: a digest of what a skeleton holds."""
+    import hashlib
+
     metadata = [
         (key, value.type, value.data)
         for key, value in sorted(header.metadata.items())

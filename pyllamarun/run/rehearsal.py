@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 from pyllamarun.errors import ServerError
 from pyllamarun.machine.gpu import GpuSurvey, normal_pci_address
-from pyllamarun.models.gguf import Header
-from pyllamarun.models.skeleton import fingerprint
 from pyllamarun.plan.plan import DevicePlan, Plan
-from pyllamarun.plan.probe import Answer, Device, Scratch
-from pyllamarun.plan.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value, has_option, without_option
-from pyllamarun.plan.residency import CACHE_RAM
-from pyllamarun.run.binaries import Build
+from pyllamarun.plan.probe import Device
+from pyllamarun.plan.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value, has_option
 from pyllamarun.run.server import Running, Server, ready_server
 from pyllamarun.run.stage import ON_STANDIN, Stage, Usage
 
@@ -257,47 +250,3 @@ def driver_usage(survey: Callable[[], GpuSurvey], devices: Sequence[Device]) -> 
         return [by_address.get(normal_pci_address(device.id or ""), 0) for device in devices]
 
     return held
-
-
-class Rehearsals:
-    """What rehearsals have shown of one model on one stage: a small file for each set of arguments."""
-
-    def __init__(self, folder: Path, header: Header, stage: Stage, build: Build) -> None:
-        self._folder = folder
-        cards = stage.environment.get("PYLLAMARUN_CARDS", "")
-        self._facts = [fingerprint(header), cards, stage.kind != "virtual", build.commit, build.backend]
-
-    def _path(self, arguments: Sequence[str]) -> Path:
-        # Neither where the model lies (-m MODEL) nor what the prompt cache may take of RAM says anything of GPU memory.
-        key = json.dumps([self._facts, without_option(arguments[2:], *CACHE_RAM)])
-        return self._folder / (hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32] + ".json")
-
-    def applied(self, arguments: Sequence[str], answer: Answer) -> Answer:
-        """The probe's answer, and where these arguments were rehearsed, no less scratch memory than they then took.
-
-        No less and not just that: a rehearsal does not try prompts of every length, and the probe's rules do.
-        """
-        try:
-            entries = json.loads(self._path(arguments).read_text(encoding="utf-8"))
-            taken = {str(entry["device"]): int(entry["bytes"]) for entry in entries}
-        except (OSError, ValueError, TypeError, KeyError):
-            return answer
-        computed = {device: answer.scratch_bytes(device) or 0 for device in taken}
-        more = [
-            Scratch(device, "rehearsal", size - computed[device], 0)
-            for device, size in taken.items()
-            if size > computed[device]
-        ]
-        return replace(answer, scratch=(*answer.scratch, *more), scratch_source="rehearsed")
-
-    def put(self, arguments: Sequence[str], rehearsal: Rehearsal) -> None:
-        """Keeps the scratch memory of a rehearsal, if the file can be written."""
-        entries = [{"device": d.name, "bytes": d.pool_bytes + d.workspace_bytes} for d in rehearsal.devices]
-        path = self._path(arguments)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(entries), encoding="utf-8")
-            partial.replace(path)
-        except OSError:
-            pass
