@@ -49,6 +49,11 @@ class Limit:
     def buffer_bytes(self) -> int:
         return max(0, self.limit_bytes - self.overhead_bytes)
 
+    @property
+    def free_bytes(self) -> int:
+        """What the process can have now.  "free" was read by one that holds a context of its own, as it will."""
+        return min(self.device.total_bytes, self.device.free_bytes + min(ASSUMED_CONTEXT_BYTES, self.overhead_bytes))
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -113,7 +118,8 @@ def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, 
     if budgets and not used:
         raise UsageError(
             "A VRAM budget was given, and there is no GPU.",
-            remedy="Plan for a card that is not here with --virtual-gpu 12GiB, or leave --vram out to use the CPU.",
+            remedy="Plan for a card that is not here with --virtual-gpu 12GiB, or leave --vram out to use the CPU; "
+            "`pyllamarun doctor` says whether CUDA_VISIBLE_DEVICES hides one.",
         )
     if len(budgets) not in (0, 1, len(used)):
         raise UsageError(
@@ -121,6 +127,13 @@ def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, 
             remedy="Give one value for all of them, or one each, separated by commas.",
         )
     limits = []
+    for device in used:
+        if not device.total_bytes:
+            raise DoesNotFit(
+                f"{device.name} tells nothing of its memory.",
+                why="The driver does not answer for it, as for a card that was lost.",
+                remedy="See `pyllamarun doctor`; leave it out with CUDA_VISIBLE_DEVICES, or `-- --device` and others.",
+            )
     for position, device in enumerate(used):
         # "free" was read by a process that holds a context of its own, as the server will.
         free_bytes = min(device.total_bytes, device.free_bytes + context_bytes(request.overhead_bytes))

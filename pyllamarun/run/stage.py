@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from pyllamarun.errors import BinaryError
 from pyllamarun.machine.cards import Card
+from pyllamarun.machine.gpu import NVML_TIMEOUT_SECONDS, GpuSurvey, read_survey, survey_gpus
 from pyllamarun.machine.machine import Machine
 from pyllamarun.plan.probe import Device, Probe, parse_devices
 from pyllamarun.plan.request import VirtualGpu, context_bytes
@@ -169,6 +171,18 @@ def list_devices(binaries: Binaries, stage: Stage) -> tuple[Device, ...]:
     if status != 0 or not lines:
         raise BinaryError("llama.cpp cannot list its devices.", why=text.strip(), remedy="Run `pyllamarun doctor`.")
     return parse_devices(lines[-1])
+
+
+def survey_stage(stage: Stage, timeout_seconds: float = NVML_TIMEOUT_SECONDS) -> GpuSurvey:
+    """What the driver tells of a stage's cards; of virtual ones there is nothing to tell."""
+    if stage.kind == REAL:
+        return survey_gpus(timeout_seconds)
+    if stage.kind == VIRTUAL:
+        return GpuSurvey((), None, None)
+    # As its NVML shows it, to a process that finds that one.
+    argv = [sys.executable, "-m", "pyllamarun.machine.gpu", str(timeout_seconds)]
+    _, text = output_of(argv, stage.environment)
+    return read_survey(text)
 
 
 @contextmanager
