@@ -165,8 +165,7 @@ def row(some_plan: Plan, tiny: Callable[[str], Path]) -> Callable[..., Row]:
     (plain,) = rows_of([variant], lambda _: some_plan)
 
     def of(label: str, low: float | None, **changes: object) -> Row:
-        high = None if low is None else 1.5 * low
-        changes |= {"label": label, "low_tokens_per_second": low, "high_tokens_per_second": high}
+        changes |= {"label": label, "low_tokens_per_second": low, "high_tokens_per_second": low}
         return replace(plain, **changes)  # type: ignore[arg-type]
 
     return of
@@ -192,10 +191,23 @@ def test_where_none_is_usable_the_fastest_is(row: Callable[..., Row]) -> None:
     assert (label, reason.startswith("none reaches 2 tok/s")) == ("Q2_K", True)
 
 
-def test_the_longest_context_and_the_most_slots_that_are_usable_are(row: Callable[..., Row]) -> None:
-    rows = [row("a", 5.0, context_tokens=2048, slots=1), row("b", 2.5, context_tokens=4096, slots=2)]
-    rows.append(row("c", 1.0, context_tokens=8192, slots=4))
-    assert (recommend("ctx", rows)[0], recommend("slots", rows)[0]) == ("b", "b")
+def test_the_longest_context_that_is_usable_is(row: Callable[..., Row]) -> None:
+    rows = [row("a", 5.0, context_tokens=2048), row("b", 2.5, context_tokens=4096), row("c", 1.0, context_tokens=8192)]
+    assert recommend("ctx", rows)[0] == "b"
+
+
+def test_as_many_slots_as_are_usable_together_are(row: Callable[..., Row]) -> None:
+    def of(slots: int, total: float) -> Row:
+        changes = {"low_total_tokens_per_second": total, "high_total_tokens_per_second": total}
+        return row(str(slots), 4.0, slots=slots, **changes)
+
+    assert recommend("slots", [of(1, 4.0), of(2, 6.0), of(4, 8.0), of(8, 9.0)])[0] == "4"
+    assert recommend("slots", [of(1, 1.0), of(2, 1.5)])[0] == "1"
+
+
+def test_a_model_that_no_memory_holds_is_not_recommended_in_any_way(row: Callable[..., Row]) -> None:
+    label, reason = recommend("quants", [row("a", None, from_disk=True), row("b", None, from_disk=True)])
+    assert (label, "disk" in reason) == ("", True)
 
 
 def test_the_smallest_budget_that_is_about_as_fast_as_any_is(row: Callable[..., Row]) -> None:
