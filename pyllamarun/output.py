@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pyllamarun import __version__
 from pyllamarun.errors import PyllamarunError
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a result is shown: how wide it is, and whether it can show the block characters of Unicode."""
+
+    columns: int = 80
+    shows_blocks: bool = False
+
+
+PLAIN_SCREEN = Screen()
+
+
+def screen() -> Screen:
+    """The terminal, or what stands in for it: 80 columns, or what COLUMNS says."""
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    return Screen(shutil.get_terminal_size().columns, encoding in ("utf8", "utf16", "utf32"))
 
 
 def printable(text: str) -> str:

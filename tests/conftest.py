@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 import synthetic  # noqa: E402
 from harness import Machine  # noqa: E402
+from misbehaving import Server, misbehaving  # noqa: E402
 
 from pyllamarun.run.binaries import Binaries, find_binaries  # noqa: E402
 
@@ -32,6 +33,19 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hf_home/hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home/hf_home/token"))
+
+
+@pytest.fixture
+def hugging_face(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Hugging Face, as far as it is asked; for this process and for those that it starts."""
+    from huggingface_hub import constants
+
+    with misbehaving() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
 
 
 @pytest.fixture(scope="session")

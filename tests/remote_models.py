@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from misbehaving import RemoteContent
+from misbehaving import RemoteContent, Server, serve
 
 from pyllamarun.models.gguf import ARRAY, DEFAULT_ALIGNMENT, STRING, UINT32, Array, Value
 from pyllamarun.models.skeleton import write_sparse
 from pyllamarun.models.types import TENSOR_TYPES, TensorType
 
 TYPES = {tensor_type.name: tensor_type for tensor_type in TENSOR_TYPES.values()}
+COMMIT = "c" * 40
+REPOSITORY = "someone/Model-GGUF"
 Tensors = list[tuple[str, TensorType, tuple[int, ...]]]
 
 
@@ -52,3 +55,13 @@ def split(path: Path, metadata: Mapping[str, Value], tensors: Tensors, count: in
         first = dict(metadata) if number == 0 else {}
         parts.append(content(path, first | own, tensors[number * share : (number + 1) * share]))
     return parts
+
+
+def publish(server: Server, files: dict[str, RemoteContent], *, revision: str = "main", commit: str = COMMIT) -> None:
+    """A repository on Hugging Face, with the list of its files."""
+    siblings = [{"rfilename": name, "size": one.size, "lfs": {"sha256": "0" * 64}} for name, one in files.items()]
+    siblings.append({"rfilename": "README.md", "size": 10})
+    listing = RemoteContent(json.dumps({"sha": commit, "siblings": siblings}).encode())
+    server.at(f"/api/models/{REPOSITORY}/revision/{revision}", serve(listing))
+    for name, one in files.items():
+        server.at(f"/{REPOSITORY}/resolve/{commit}/{name}", serve(one))

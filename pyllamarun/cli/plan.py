@@ -68,6 +68,6 @@ def _print_plan(options: PlanOptions, save: str | None, *, as_json: bool, dry_ru
     elif dry_run:
         output.print_text(line)
     else:
-        output.print_text(describe(plan.plan, line, plan.stage.description))
+        output.print_text(describe(plan.plan, line, plan.stage.description, output.screen()))
         if not plan.model.source.is_here:
             output.print_text(f"The model is not on this machine yet: {plan.model.source.pull_command}")

@@ -16,7 +16,7 @@ from pyllamarun.plan.plan import Plan
 from pyllamarun.plan.probe import Refused
 from pyllamarun.plan.variants import Variant
 
-USABLE_TOKENS_PER_SECOND = 2.0
+USABLE = 2.0  # tokens a second
 # Of two that are as good as equal, the cheaper.
 AS_FAST = 0.95
 
@@ -25,7 +25,9 @@ AS_FAST = 0.95
 class Row:
     """A variant and its plan; of one that does not fit, `plan` is None, and `reason` says why.
 
-    Sums are over all GPUs.  Tokens a second are those of one request; None where nothing is predicted.
+    Sums are over all GPUs.  Tokens a second are those of one request that is alone, and those of all slots together
+    when all of them generate; None where nothing is predicted, as where `from_disk` a part of the model is read from
+    disk for every token.
     """
 
     label: str
@@ -44,6 +46,9 @@ class Row:
     ram_bytes: int
     low_tokens_per_second: float | None
     high_tokens_per_second: float | None
+    low_total_tokens_per_second: float | None
+    high_total_tokens_per_second: float | None
+    from_disk: bool
     source: str
     words: tuple[str, ...]
     command: str
@@ -55,15 +60,18 @@ class Row:
         return self.plan is not None
 
     @property
-    def is_usable(self) -> bool:
-        return self.low_tokens_per_second is not None and self.low_tokens_per_second >= USABLE_TOKENS_PER_SECOND
+    def pace(self) -> float:
+        """Tokens a second, between low and high; 0 where it does not fit or nothing is predicted."""
+        return _between(self.low_tokens_per_second, self.high_tokens_per_second)
 
     @property
-    def pace(self) -> float:
-        """For telling which is faster; 0 where it does not fit or nothing is predicted."""
-        if self.low_tokens_per_second is None or self.high_tokens_per_second is None:
-            return 0.0
-        return math.sqrt(self.low_tokens_per_second * self.high_tokens_per_second)
+    def pace_in_company(self) -> float:
+        """What a slot gets when all of them generate."""
+        return _between(self.low_total_tokens_per_second, self.high_total_tokens_per_second) / self.slots
+
+
+def _between(low: float | None, high: float | None) -> float:
+    return math.sqrt(low * high) if low is not None and high is not None else 0.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,9 @@ def rows_of(variants: Iterable[Variant], plan: Callable[[Variant], Plan]) -> tup
 
 
 def _row(variant: Variant, plan: Plan) -> Row:
-    speed = tokens_per_second(plan)
+    speed = getattr(plan, "speed", None)
+    low, high = _ends(getattr(speed, "generation", None))
+    low_total, high_total = _ends(getattr(speed, "throughput", None))
     return replace(
         _without_plan(variant),
         context_tokens=plan.context_tokens,
@@ -114,10 +124,17 @@ def _row(variant: Variant, plan: Plan) -> Row:
         budget_bytes=sum(device.budget_bytes for device in plan.devices),
         vram_bytes=sum(device.total_bytes for device in plan.devices),
         ram_bytes=plan.host.total_bytes,
-        low_tokens_per_second=speed[0] if speed else None,
-        high_tokens_per_second=speed[1] if speed else None,
+        low_tokens_per_second=low,
+        high_tokens_per_second=high,
+        low_total_tokens_per_second=low_total,
+        high_total_tokens_per_second=high_total,
+        from_disk=bool(getattr(speed, "from_disk", False)),
         plan=plan,
     )
+
+
+def _ends(predicted: Any) -> tuple[float | None, float | None]:
+    return (None, None) if predicted is None else (predicted.low, predicted.high)
 
 
 def unplanned(variant: Variant, error: PyllamarunError) -> Row:
@@ -143,18 +160,15 @@ def _without_plan(variant: Variant) -> Row:
         ram_bytes=0,
         low_tokens_per_second=None,
         high_tokens_per_second=None,
+        low_total_tokens_per_second=None,
+        high_total_tokens_per_second=None,
+        from_disk=False,
         source=variant.source,
         words=variant.words,
         command=variant.command,
         reason="",
         plan=None,
     )
-
-
-def tokens_per_second(plan: Plan) -> tuple[float, float] | None:
-    """What a plan predicts for one request, low and high."""
-    speed = getattr(plan, "speed", None)
-    return None if speed is None else (speed.low_tokens_per_second, speed.high_tokens_per_second)
 
 
 def recommend(axis: str, rows: Sequence[Row]) -> tuple[str, str]:
@@ -166,20 +180,24 @@ def recommend(axis: str, rows: Sequence[Row]) -> tuple[str, str]:
     fitting = [row for row in rows if row.fits]
     if not fitting:
         return "", "None of these fits."
+    if all(row.from_disk for row in fitting):
+        return "", "Each reads a part of the model from disk for every token."
     if not any(row.pace for row in fitting):
         return "", "How fast they are is not predicted."
     fastest = max(fitting, key=lambda row: row.pace)
     if axis == "vram":
         cheapest = min((row for row in fitting if row.pace >= AS_FAST * fastest.pace), key=lambda row: row.budget_bytes)
         return cheapest.label, "the smallest budget that is within 5% of the fastest"
-    usable = [row for row in fitting if row.is_usable]
+    usable = [row for row in fitting if (row.pace_in_company if axis == "slots" else row.pace) >= USABLE]
+    if not usable and axis == "slots":
+        return min(fitting, key=lambda row: row.slots).label, f"with more, none gets {USABLE:g} tok/s when all generate"
     if not usable:
-        return fastest.label, f"none reaches {USABLE_TOKENS_PER_SECOND:g} tok/s; it is the fastest"
+        return fastest.label, f"none reaches {USABLE:g} tok/s; it is the fastest"
     if axis == "quants":
         return _best_quality(usable).label, "it keeps most of those that are usable"
     if axis == "ctx":
         return max(usable, key=lambda row: row.context_tokens).label, "the longest that is usable"
-    return max(usable, key=lambda row: row.slots).label, "the most that are usable"
+    return max(usable, key=lambda row: row.slots).label, f"the most that get {USABLE:g} tok/s each when all generate"
 
 
 def _best_quality(rows: Sequence[Row]) -> Row:

@@ -12,6 +12,7 @@ from pyllamarun.units import format_size
 
 Column = tuple[str, Callable[[Row], str]]
 AS_ASKED, RECOMMENDED, IMATRIX, NOT_RESIDENT = "*", ">", "i", "!"
+FROM_DISK = "disk"  # in place of a speed
 HEADINGS = {"quants": "type", "models": "model", "ctx": "context", "vram": "budget", "slots": "slots"}
 OF_QUALITY = ("quants", "models")
 
@@ -54,6 +55,7 @@ def _columns(comparison: Comparison) -> list[Column]:
     first: list[Column] = [("", mark), (HEADINGS[comparison.axis], lambda row: row.label)]
     if comparison.axis == "slots":
         first.append(("context", lambda row: f"{row.context_tokens:,}"))
+        middle.append(("all together", total_pace))
     return first + middle
 
 
@@ -75,9 +77,15 @@ def _leaves_memory(row: Row) -> bool:
 
 def pace(row: Row) -> str:
     """Tokens a second, from low to high; "" where nothing is predicted."""
-    if row.low_tokens_per_second is None or row.high_tokens_per_second is None:
-        return ""
-    return f"{_two_digits(row.low_tokens_per_second)}-{_two_digits(row.high_tokens_per_second)}"
+    return FROM_DISK if row.from_disk else _range(row.low_tokens_per_second, row.high_tokens_per_second)
+
+
+def total_pace(row: Row) -> str:
+    return _range(row.low_total_tokens_per_second, row.high_total_tokens_per_second)
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{_two_digits(low)}-{_two_digits(high)}"
 
 
 def _two_digits(value: float) -> str:
@@ -95,7 +103,7 @@ def _legend(comparison: Comparison) -> list[str]:
     marks = {
         f"{AS_ASKED} as asked": any(row.is_current for row in comparison.rows),
         f"{RECOMMENDED} recommended": bool(comparison.recommended),
-        f"{NOT_RESIDENT} more than memory has: read from disk or swapped for every token": any(
+        f"{NOT_RESIDENT} more than memory has, so read from disk or swapped for every token": any(
             map(_leaves_memory, comparison.rows)
         ),
         f"{IMATRIX} with an importance matrix": any(one.imatrix for one in _qualities(comparison)),

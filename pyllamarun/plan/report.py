@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pyllamarun.output import table
+from pyllamarun.output import PLAIN_SCREEN, Screen, table
+from pyllamarun.plan.bars import bars
 from pyllamarun.plan.plan import DevicePlan, Plan
 from pyllamarun.plan.residency import RESIDENT, Residency
 from pyllamarun.units import format_size
 
 
-def describe(plan: Plan, command_line: str, stage: str = "") -> str:
+def describe(plan: Plan, command_line: str, stage: str = "", screen: Screen = PLAIN_SCREEN) -> str:
     """Several lines: the model, what it is planned on, where it goes, what that takes, the command that does it."""
     lines = [
         f"{plan.model_name}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
@@ -20,6 +21,8 @@ def describe(plan: Plan, command_line: str, stage: str = "") -> str:
     if plan.devices:
         lines += [_device_table(plan), ""]
     lines += [_host_table(plan), *_residency(plan.residency), ""]
+    drawn = bars(plan, screen)
+    lines += [*drawn, ""] if drawn else []
     lines += [f"warning: {warning}" for warning in plan.warnings] + [""] * bool(plan.warnings)
     lines.append(command_line)
     return "\n".join(lines)

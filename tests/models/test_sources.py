@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import run_cli
 from misbehaving import Handler, RemoteContent, Server, misbehaving, redirect, refuse, serve
-from remote_models import TYPES, content, small, split
+from remote_models import COMMIT, REPOSITORY, TYPES, content, publish, small, split
 
 from pyllamarun import paths
 from pyllamarun.errors import DownloadError, UsageError
@@ -22,8 +22,7 @@ from pyllamarun.models.names import is_safe, part_names, quantization, with_quan
 from pyllamarun.models.sources import resolve
 from pyllamarun.units import MIB
 
-COMMIT, OTHER_COMMIT = "c" * 40, "d" * 40
-REPOSITORY = "someone/Model-GGUF"
+OTHER_COMMIT = "d" * 40
 
 
 # ---------------------------------------------------------------------------------------------- other programs' stores
@@ -283,26 +282,8 @@ def test_what_is_no_name_on_hugging_face_is_a_usage_error(text: str) -> None:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Hugging Face, as far as it is asked; for this process and for those that it starts."""
-    from huggingface_hub import constants
-
-    with misbehaving() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield server
-
-
-def publish(server: Server, files: dict[str, RemoteContent], *, revision: str = "main", commit: str = COMMIT) -> None:
-    """A repository, with the list of its files."""
-    siblings = [{"rfilename": name, "size": one.size, "lfs": {"sha256": "0" * 64}} for name, one in files.items()]
-    siblings.append({"rfilename": "README.md", "size": 10})
-    listing = RemoteContent(json.dumps({"sha": commit, "siblings": siblings}).encode())
-    server.at(f"/api/models/{REPOSITORY}/revision/{revision}", serve(listing))
-    for name, one in files.items():
-        server.at(f"/{REPOSITORY}/resolve/{commit}/{name}", serve(one))
+def server(hugging_face: Server) -> Server:
+    return hugging_face
 
 
 @pytest.fixture
