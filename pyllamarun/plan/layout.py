@@ -21,6 +21,7 @@ ANY_MATRIX = frozenset(KINDS)
 BUT_ATTENTION = ANY_MATRIX - {"attention"}
 
 MORE_STEPS = 2
+MAX_CHOICE = 9  # pieces of which every choice is tried
 WORTH_SPLITTING = 1 / 16  # of a layer: less of it on a GPU is not worth the crossings
 MAX_ROUNDS = 4
 
@@ -113,16 +114,33 @@ def pack(
             split[gpu] += 1
         if not left or pieces is None:
             continue
-        size = sizes[left - 1]
-        parts = cover(pieces(left - 1), size - room[gpu]) or ()
-        elsewhere = sum(piece.size_bytes for piece in parts)
-        if parts and size - elsewhere > WORTH_SPLITTING * size and elsewhere <= room[gpu - 1]:
-            left -= 1
-            split[gpu] += 1
-            room[gpu - 1] -= elsewhere
-            moved += [(piece, gpu - 1) for piece in parts]
+        layers, parts = _over_the_boundary(sizes[:left], room[gpu], room[gpu - 1], pieces)
+        left -= layers
+        split[gpu] += layers
+        room[gpu - 1] -= sum(piece.size_bytes for piece in parts)
+        moved += [(piece, gpu - 1) for piece in parts]
     split[0] = left
     return Packing(tuple(split), tuple(moved), sum(sizes[:left]) - room[0])
+
+
+def _over_the_boundary(
+    sizes: Sequence[float], room: float, room_before: float, pieces: Callable[[int], Sequence[Piece]]
+) -> tuple[int, tuple[Piece, ...]]:
+    """How many of the last layers a GPU takes more than it has room for, without some of their matrices, and these:
+    one layer, or two where they have so few matrices that one's fill the room badly."""
+    best: tuple[int, tuple[Piece, ...]] = (0, ())
+    most = WORTH_SPLITTING * sizes[-1]
+    movable: list[Piece] = []
+    for count in range(1, min(2, len(sizes)) + 1):
+        movable += pieces(len(sizes) - count)
+        size = sum(sizes[-count:])
+        if count > 1 and len(movable) > MAX_CHOICE:
+            break
+        parts = cover(movable, size - room) or ()
+        elsewhere = sum(piece.size_bytes for piece in parts)
+        if parts and size - elsewhere > most and elsewhere <= room_before:
+            best, most = (count, parts), size - elsewhere + WORTH_SPLITTING * sizes[-1]
+    return best
 
 
 def spread(sizes: Sequence[float], rooms: Sequence[float]) -> Packing:

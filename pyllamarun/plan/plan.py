@@ -23,7 +23,9 @@ from pyllamarun.units import format_size
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """One GPU, in bytes.  total = weights + context + compute + projector + overhead, and total <= budget.
+    """One GPU, in bytes; all zero where it takes no part.
+
+    total = weights + context + compute + projector + overhead, and total <= budget.
 
     The overhead is the CUDA context, "assumed" or "given", and of it `scratch_bytes` are ggml-cuda's scratch pool and
     cuBLAS's workspace: "computed" by rules, "rehearsed", "assumed" where there are none, or "given" with the overhead.
@@ -31,6 +33,7 @@ class DevicePlan:
 
     name: str
     description: str
+    layers: int
     budget_bytes: int
     weights_bytes: int
     context_bytes: int
@@ -62,7 +65,8 @@ class HostPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`division` is how the model is divided (plan/spill.py); `left_on_cpu`, what of offloaded layers stays behind."""
+    """`division` is how the model is divided (plan/spill.py); `left_on_cpu`, what of offloaded layers stays behind;
+    `moved`, what is on another GPU than its layer, by that GPU."""
 
     model: str
     model_name: str
@@ -73,6 +77,7 @@ class Plan:
     layers: int
     division: str
     left_on_cpu: tuple[str, ...]
+    moved: dict[str, tuple[str, ...]]
     context_tokens: int
     slot_context_tokens: int
     trained_context_tokens: int
@@ -114,6 +119,7 @@ def make_plan(header: Header, request: Request, devices: Sequence[Device], memor
         layers=answer.offloadable_layers,
         division=placement.division.name,
         left_on_cpu=_left_on_cpu(placement, header),
+        moved={name: tuple(piece.name for piece, to in placement.moved if to == name) for _, name in placement.moved},
         context_tokens=answer.context_tokens,
         slot_context_tokens=answer.slot_context_tokens,
         trained_context_tokens=answer.trained_context_tokens,
@@ -143,6 +149,7 @@ def _device_plan(placement: Placement, limit: Limit) -> DevicePlan:
     return DevicePlan(
         name=name,
         description=limit.device.description,
+        layers=placement.layers_of(name),
         budget_bytes=limit.budget_bytes,
         weights_bytes=answer.bytes(device=name, use="weights"),
         context_bytes=answer.bytes(device=name, use="context"),
