@@ -30,7 +30,7 @@ MAX_ROUNDS = 4
 class Layout:
     """What goes where: steps of a division, how many layers a GPU, and matrices that are not where their layer is.
 
-    `moved` are on the GPU before that of their layer: (piece, number of the GPU).
+    `moved` are on a GPU before that of their layer: (piece, number of the GPU).
     """
 
     on_gpu: int
@@ -101,7 +101,8 @@ def pack(
 ) -> Packing:
     """Fills the last GPU with the last layers, then the one before it; the first takes all that are left.
 
-    `pieces(i)` are the matrices of a layer that may be on the GPU before: then a layer at a boundary is divided.
+    `pieces(i)` are the matrices of a layer that may be elsewhere: then a layer at a boundary is divided, between a GPU
+    and the nearest before it that has the room.
     """
     room = list(rooms)
     split = [0] * len(room)
@@ -114,11 +115,13 @@ def pack(
             split[gpu] += 1
         if not left or pieces is None:
             continue
-        layers, parts = _over_the_boundary(sizes[:left], room[gpu], room[gpu - 1], pieces)
+        layers, parts = _over_the_boundary(sizes[:left], room[gpu], max(room[:gpu]), pieces)
+        elsewhere = sum(piece.size_bytes for piece in parts)
+        to = max(other for other in range(gpu) if room[other] >= min(elsewhere, max(room[:gpu])))
         left -= layers
         split[gpu] += layers
-        room[gpu - 1] -= sum(piece.size_bytes for piece in parts)
-        moved += [(piece, gpu - 1) for piece in parts]
+        room[to] -= elsewhere
+        moved += [(piece, to) for piece in parts]
     split[0] = left
     return Packing(tuple(split), tuple(moved), sum(sizes[:left]) - room[0])
 

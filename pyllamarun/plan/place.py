@@ -38,15 +38,14 @@ def place(header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask)
         if not placement.fits and not request.force:
             raise _does_not_fit(placement, f"With -ngl {fixed} as you asked, the model")
         return placement
-    nothing = search.nothing(search.gpus)
-    if not nothing.fits:
-        gpus = search.gpus.with_room(nothing)
-        if not gpus.limits or not search.may_choose_gpus:
+    nothing = with_all = search.nothing(search.gpus)
+    while not nothing.fits:
+        search.gpus = search.gpus.with_room(nothing)
+        if not search.gpus.limits or not search.may_choose_gpus:
             if request.force:
-                return nothing
-            raise _does_not_fit(nothing, "Even with every layer on the CPU, the model")
-        search.gpus = gpus
-        nothing = search.nothing(gpus)
+                return with_all
+            raise _does_not_fit(with_all, "Even with every layer on the CPU, the model")
+        nothing = search.nothing(search.gpus)
     return search.everything(nothing) or search.best(nothing)
 
 
@@ -154,7 +153,19 @@ class _Search:
             found = self._filled(division, nothing)
             if found and (chosen is nothing or found.cost(self._header).is_clearly_below(chosen.cost(self._header))):
                 chosen = found
-        return chosen
+        return self._without_idle_gpus(chosen)
+
+    def _without_idle_gpus(self, placement: Placement) -> Placement:
+        """Without GPUs that got no layer, which would hold a context in vain."""
+        busy = {name for name, count in zip(placement.devices, placement.split) if count}
+        if not busy or len(busy) == len(placement.devices) or not self.may_choose_gpus:
+            return placement
+        gpus = self.gpus.only(limit for limit in self.gpus.limits if limit.device.name in busy)
+        split = tuple(count for count in placement.split if count)
+        numbers = {name: number for number, name in enumerate(gpus.names)}
+        moved = tuple((piece, numbers[name]) for piece, name in placement.moved)
+        alone = self._at(gpus, placement.division, Layout(placement.on_gpu, split, placement.left_behind, moved))
+        return alone if alone.fits else placement
 
     def _filled(self, division: Division, nothing: Placement) -> Placement | None:
         """The cheapest of a division: of whole layers, and with matrices that are elsewhere than their layer."""
