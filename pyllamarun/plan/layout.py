@@ -21,6 +21,7 @@ ANY_MATRIX = frozenset(KINDS)
 BUT_ATTENTION = ANY_MATRIX - {"attention"}
 
 MORE_STEPS = 2
+MAX_CHOICE = 9  # pieces of which every choice is tried
 WORTH_SPLITTING = 1 / 16  # of a layer: less of it on a GPU is not worth the crossings
 MAX_ROUNDS = 4
 
@@ -29,7 +30,7 @@ MAX_ROUNDS = 4
 class Layout:
     """What goes where: steps of a division, how many layers a GPU, and matrices that are not where their layer is.
 
-    `moved` are on the GPU before that of their layer: (piece, number of the GPU).
+    `moved` are on a GPU before that of their layer: (piece, number of the GPU).
     """
 
     on_gpu: int
@@ -100,7 +101,8 @@ def pack(
 ) -> Packing:
     """Fills the last GPU with the last layers, then the one before it; the first takes all that are left.
 
-    `pieces(i)` are the matrices of a layer that may be on the GPU before: then a layer at a boundary is divided.
+    `pieces(i)` are the matrices of a layer that may be elsewhere: then a layer at a boundary is divided, between a GPU
+    and the nearest before it that has the room.
     """
     room = list(rooms)
     split = [0] * len(room)
@@ -113,16 +115,35 @@ def pack(
             split[gpu] += 1
         if not left or pieces is None:
             continue
-        size = sizes[left - 1]
-        parts = cover(pieces(left - 1), size - room[gpu]) or ()
+        layers, parts = _over_the_boundary(sizes[:left], room[gpu], max(room[:gpu]), pieces)
         elsewhere = sum(piece.size_bytes for piece in parts)
-        if parts and size - elsewhere > WORTH_SPLITTING * size and elsewhere <= room[gpu - 1]:
-            left -= 1
-            split[gpu] += 1
-            room[gpu - 1] -= elsewhere
-            moved += [(piece, gpu - 1) for piece in parts]
+        to = max(other for other in range(gpu) if room[other] >= min(elsewhere, max(room[:gpu])))
+        left -= layers
+        split[gpu] += layers
+        room[to] -= elsewhere
+        moved += [(piece, to) for piece in parts]
     split[0] = left
     return Packing(tuple(split), tuple(moved), sum(sizes[:left]) - room[0])
+
+
+def _over_the_boundary(
+    sizes: Sequence[float], room: float, room_before: float, pieces: Callable[[int], Sequence[Piece]]
+) -> tuple[int, tuple[Piece, ...]]:
+    """How many of the last layers a GPU takes more than it has room for, without some of their matrices, and these:
+    one layer, or two where they have so few matrices that one's fill the room badly."""
+    best: tuple[int, tuple[Piece, ...]] = (0, ())
+    most = WORTH_SPLITTING * sizes[-1]
+    movable: list[Piece] = []
+    for count in range(1, min(2, len(sizes)) + 1):
+        movable += pieces(len(sizes) - count)
+        size = sum(sizes[-count:])
+        if count > 1 and len(movable) > MAX_CHOICE:
+            break
+        parts = cover(movable, size - room) or ()
+        elsewhere = sum(piece.size_bytes for piece in parts)
+        if parts and size - elsewhere > most and elsewhere <= room_before:
+            best, most = (count, parts), size - elsewhere + WORTH_SPLITTING * sizes[-1]
+    return best
 
 
 def spread(sizes: Sequence[float], rooms: Sequence[float]) -> Packing:

@@ -34,19 +34,18 @@ def place(header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask)
     search = _Search(header, request, limits, ask)
     fixed = fixed_value(request.passthrough, *GPU_LAYERS)
     if fixed is not None or not limits:
-        placement = search.as_asked()
+        placement = search.as_asked(fixed)
         if not placement.fits and not request.force:
             raise _does_not_fit(placement, f"With -ngl {fixed} as you asked, the model")
         return placement
-    nothing = search.nothing(search.gpus)
-    if not nothing.fits:
-        gpus = search.gpus.with_room(nothing)
-        if not gpus.limits or not search.may_choose_gpus:
+    nothing = with_all = search.nothing(search.gpus)
+    while not nothing.fits:
+        search.gpus = search.gpus.with_room(nothing)
+        if not search.gpus.limits or not search.may_choose_gpus:
             if request.force:
-                return nothing
-            raise _does_not_fit(nothing, "Even with every layer on the CPU, the model")
-        search.gpus = gpus
-        nothing = search.nothing(gpus)
+                return with_all
+            raise _does_not_fit(with_all, "Even with every layer on the CPU, the model")
+        nothing = search.nothing(search.gpus)
     return search.everything(nothing) or search.best(nothing)
 
 
@@ -71,7 +70,7 @@ class _Gpus:
 
 def _in_order(limits: tuple[Limit, ...]) -> _Gpus:
     """The one that may hold most first: it computes what the CPU hands over of prompts, and is filled first."""
-    ordered = tuple(sorted(limits, key=lambda limit: -limit.limit_bytes))
+    ordered = tuple(sorted(limits, key=lambda one: (-one.limit_bytes, -one.device.total_bytes, one.device.description)))
     return _Gpus(ordered, ordered != limits)
 
 
@@ -90,16 +89,18 @@ class _Search:
         self._known: dict[tuple[str, ...], Placement] = {}
         self._layers: Layers | None = None
 
-    def as_asked(self) -> Placement:
-        """With the user's own -ngl, or without any GPU."""
+    def as_asked(self, gpu_layers: str | None) -> Placement:
+        """With the user's own -ngl, shared among GPUs so that it fits, if it can; or without any GPU."""
         gpus = _Gpus(self._limits, False)
-        value = fixed_value(self._request.passthrough, *GPU_LAYERS)
-        if value is None:
+        if gpu_layers is None:
             return self.nothing(gpus)
         placement = self._placement(gpus, UNDIVIDED, 0, [])
         layers = placement.answer.offloadable_layers
-        on_gpu = min(int(value), layers) if value.isdigit() else layers
-        return replace(placement, division=Division("layers", layers, layers), on_gpu=on_gpu)
+        on_gpu = min(int(gpu_layers), layers) if gpu_layers.isdigit() else layers
+        placement = replace(placement, division=Division("layers", layers, layers), on_gpu=on_gpu)
+        if placement.fits or len(self._limits) == 1 or self._split_by_user:
+            return placement
+        return self._shared(gpus, placement.division, on_gpu, placement)
 
     def nothing(self, gpus: _Gpus) -> Placement:
         """With every layer on the CPU."""
@@ -123,17 +124,23 @@ class _Search:
         return None
 
     def _everything_on(self, gpus: _Gpus, division: Division, nothing: Placement) -> Placement | None:
-        like = nothing
-        for _ in range(MAX_SPLITS if len(gpus.limits) > 1 else 1):
-            split = self._room(gpus, division, like).whole(division.steps).split
-            if split == like.split:
-                break
-            like = self._at(gpus, division, Layout(division.steps, split))
-            if like.fits:
-                return like
+        shared = self._shared(gpus, division, division.steps, nothing)
+        if shared.fits:
+            return shared
         if len(gpus.limits) == 1 or self._placed_by_user:
             return None
-        return self._divided(gpus, division, like, BUT_ATTENTION, complete=True)
+        return self._divided(gpus, division, shared, BUT_ATTENTION, complete=True)
+
+    def _shared(self, gpus: _Gpus, division: Division, step: int, like: Placement) -> Placement:
+        """That many steps in whole layers, shared among the GPUs so that they fit, if a way is found."""
+        for _ in range(MAX_SPLITS if len(gpus.limits) > 1 else 1):
+            split = self._room(gpus, division, like).whole(step).split
+            if split == like.split:
+                break
+            like = self._at(gpus, division, Layout(step, split))
+            if like.fits:
+                break
+        return like
 
     def best(self, nothing: Placement) -> Placement:
         """The one that costs least a token of those that fit."""
@@ -146,7 +153,19 @@ class _Search:
             found = self._filled(division, nothing)
             if found and (chosen is nothing or found.cost(self._header).is_clearly_below(chosen.cost(self._header))):
                 chosen = found
-        return chosen
+        return self._without_idle_gpus(chosen)
+
+    def _without_idle_gpus(self, placement: Placement) -> Placement:
+        """Without GPUs that got no layer, which would hold a context in vain."""
+        busy = {name for name, count in zip(placement.devices, placement.split) if count}
+        if not busy or len(busy) == len(placement.devices) or not self.may_choose_gpus:
+            return placement
+        gpus = self.gpus.only(limit for limit in self.gpus.limits if limit.device.name in busy)
+        split = tuple(count for count in placement.split if count)
+        numbers = {name: number for number, name in enumerate(gpus.names)}
+        moved = tuple((piece, numbers[name]) for piece, name in placement.moved)
+        alone = self._at(gpus, placement.division, Layout(placement.on_gpu, split, placement.left_behind, moved))
+        return alone if alone.fits else placement
 
     def _filled(self, division: Division, nothing: Placement) -> Placement | None:
         """The cheapest of a division: of whole layers, and with matrices that are elsewhere than their layer."""
@@ -324,7 +343,7 @@ class _Search:
         """Arguments that put these matrices elsewhere."""
         places = [(piece, "CPU") for piece in left_behind]
         places += [(piece, self._buffer_type(name)) for piece, name in moved]
-        return ["-ot", ",".join(f"{re.escape(piece.name)}={place}" for piece, place in places)] if places else []
+        return ["-ot", ",".join(f"{_pattern(piece.name)}={place}" for piece, place in places)] if places else []
 
     def _buffer_type(self, device: str) -> str:
         """What llama.cpp calls a GPU's memory: CUDA0 as the GPU itself, but of an RPC device with its address."""
@@ -333,6 +352,11 @@ class _Search:
                 if (buffer.device, buffer.kind) == (device, "device"):
                     return buffer.buffer
         return device
+
+
+def _pattern(name: str) -> str:
+    """What llama.cpp finds in this tensor's name only: "output.weight" also stands in blk.0.attn_output.weight."""
+    return ("" if name.startswith("blk.") else "^") + re.escape(name)
 
 
 def _does_not_fit(placement: Placement, subject: str) -> DoesNotFit:

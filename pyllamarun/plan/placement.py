@@ -62,6 +62,12 @@ class Placement:
             position -= count
         return self.devices[-1] if self.devices else None
 
+    def layers_of(self, device: str) -> int:
+        """How many layers a GPU has; the output is one of them."""
+        if len(self.devices) == 1 or not self.split:
+            return self.gpu_layers if self.devices == (device,) else 0
+        return dict(zip(self.devices, self.split)).get(device, 0)
+
     def takes_part(self, limit: Limit) -> bool:
         """Whether the process holds anything on a GPU; one that takes no part has no context either."""
         return limit.device.name in self.devices or self.answer.bytes(device=limit.device.name) > 0
@@ -80,6 +86,8 @@ class Placement:
     def scratch_source(self, limit: Limit) -> str:
         if limit.overhead_source == GIVEN:
             return GIVEN
+        if not self.takes_part(limit):
+            return self.answer.scratch_source
         return ASSUMED if self.answer.scratch_bytes(limit.device.name) is None else self.answer.scratch_source
 
     def used_bytes(self, limit: Limit) -> int:

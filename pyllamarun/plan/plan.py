@@ -23,7 +23,9 @@ from pyllamarun.plan.residency import Residency
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """One GPU, in bytes.  total = weights + context + compute + projector + overhead, and total <= budget.
+    """One GPU, in bytes; all zero where it takes no part.
+
+    total = weights + context + compute + projector + overhead, and total <= budget.
 
     Of `memory_bytes`, all that the GPU has, `free_bytes` can be had now; what that is more than the budget is headroom.
 
@@ -33,6 +35,7 @@ class DevicePlan:
 
     name: str
     description: str
+    layers: int
     memory_bytes: int
     free_bytes: int
     budget_bytes: int
@@ -66,7 +69,8 @@ class HostPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`division` is how the model is divided (plan/spill.py); `left_on_cpu`, what of offloaded layers stays behind."""
+    """`division` is how the model is divided (plan/spill.py); `left_on_cpu`, what of offloaded layers stays behind;
+    `moved`, what is on another GPU than its layer, by that GPU."""
 
     model: str
     model_name: str
@@ -77,6 +81,7 @@ class Plan:
     layers: int
     division: str
     left_on_cpu: tuple[str, ...]
+    moved: dict[str, tuple[str, ...]]
     context_tokens: int
     slot_context_tokens: int
     trained_context_tokens: int
@@ -130,6 +135,7 @@ def make_plan(
         layers=answer.offloadable_layers,
         division=placement.division.name,
         left_on_cpu=_left_on_cpu(placement, header),
+        moved={name: tuple(piece.name for piece, to in placement.moved if to == name) for _, name in placement.moved},
         context_tokens=answer.context_tokens,
         slot_context_tokens=answer.slot_context_tokens,
         trained_context_tokens=answer.trained_context_tokens,
@@ -163,6 +169,7 @@ def _device_plan(placement: Placement, limit: Limit) -> DevicePlan:
     return DevicePlan(
         name=name,
         description=limit.device.description,
+        layers=placement.layers_of(name),
         memory_bytes=limit.device.total_bytes,
         free_bytes=limit.free_bytes,
         budget_bytes=limit.budget_bytes,

@@ -14,6 +14,7 @@ def describe(plan: Plan, command_line: str, stage: str = "", screen: Screen = PL
     lines = [
         f"{plan.model_name}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
         f"{_layers(plan)}, {plan.context_tokens:,} tokens of context in {plan.slots} slot{'s' * (plan.slots != 1)}",
+        *_by_gpu(plan),
         *_left_behind(plan),
         *([stage] if stage else []),
         "",
@@ -34,6 +35,16 @@ def _layers(plan: Plan) -> str:
     if plan.gpu_layers == plan.layers:
         return f"All {plan.layers} layers on the GPU"
     return f"{plan.gpu_layers} of {plan.layers} layers on the GPU, the rest on the CPU"
+
+
+def _by_gpu(plan: Plan) -> list[str]:
+    """Which of several GPUs has how many layers."""
+    if len(plan.devices) < 2:
+        return []
+    lines = [", ".join(f"{device.layers} on {device.name}" for device in plan.devices)]
+    for name, tensors in plan.moved.items():
+        lines.append(f"{tensors[0] if len(tensors) == 1 else f'{len(tensors)} matrices'} of another's on {name}")
+    return lines
 
 
 def _left_behind(plan: Plan) -> list[str]:
@@ -58,7 +69,7 @@ def _device_table(plan: Plan) -> str:
         sizes.append(device.budget_bytes - device.total_bytes)
         rows.append([device.name, *map(format_size, sizes)])
     lines = [table(rows, header=header, right=range(1, len(header)))]
-    lines += dict.fromkeys(_overhead(device) for device in plan.devices)
+    lines += dict.fromkeys(_overhead(device) for device in plan.devices if device.total_bytes)
     lines += [_headroom(device) for device in plan.devices if device.free_bytes > device.budget_bytes]
     return "\n".join(lines)
 

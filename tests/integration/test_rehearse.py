@@ -57,7 +57,16 @@ CASES = {
         ("mixtral-8x7b", 32), ["--gpu", "RTX 3060", "--vram", "11.5GiB", "--", "-ncmoe", "32"], 33
     ),
     "two unequal cards, all of it on them": (
-        ("llama-8b", 32), ["--gpu", "RTX 3060,RTX 4060", "--vram", "4GiB,7GiB", "-c", "4096", "--slots", "2"], 33
+        ("llama-8b", 32), ["--gpu", "RTX 3060,RTX 4060", "--vram", "3GiB,4GiB", "-c", "4096", "--slots", "2"], 33
+    ),
+    "two unequal cards, layers divided": (
+        ("llama-8b", 32), ["--gpu", "RTX 3060,RTX 4060", "--vram", "1.9GiB,1.3GiB", "-c", "4096"], 17
+    ),
+    "two unequal cards, experts on the CPU": (
+        ("qwen3-30b-a3b", 48), ["--gpu", "RTX 4060,RTX 3060", "--vram", "4GiB,6GiB", "-c", "4096"], 49
+    ),
+    "two unequal cards, feed-forward matrices on the CPU": (
+        ("llama-8b", 32), ["--gpu", "RTX 3060,RTX 4060", "--vram", "3.5GiB,3.2GiB", "-c", "32768"], 33
     ),
 }  # fmt: skip
 
