@@ -40,14 +40,17 @@ struct Shape {
 
 // Sizes per sched backend; the graph is built for the state in which `memory` is.
 std::vector<size_t> graph_sizes(llama_context & context, const Shape & shape, const llama_memory_context_i * memory,
-                                ScratchMemory & scratch) {
+                                ComputeMemory & result) {
     std::vector<size_t> sizes(size_t(ggml_backend_sched_get_n_backends(context.get_sched())), 0);
     ggml_cgraph * graph = context.graph_reserve(shape.tokens, shape.sequences, shape.outputs, memory,
                                                 /*split_only=*/true, sizes.data());
     if (!graph) {
         throw std::runtime_error("llama.cpp cannot build this model's graph");
     }
-    include_scratch(scratch, context.get_sched(), graph);
+    include_scratch(result.scratch, context.get_sched(), graph);
+    if (shape.tokens == shape.sequences && shape.tokens == context.get_cparams().n_seq_max) {
+        result.generation = count_steps(context.get_sched(), graph);
+    }
     return sizes;
 }
 
@@ -159,7 +162,7 @@ ComputeMemory measure_compute_memory(llama_context * context) {
         full = context->get_memory()->init_full();
     }
     for (const Shape & shape : reserved_shapes(*context)) {
-        const std::vector<size_t> sizes = graph_sizes(*context, shape, full.get(), result.scratch);
+        const std::vector<size_t> sizes = graph_sizes(*context, shape, full.get(), result);
         for (size_t i = 0; i < sizes.size(); i++) {
             ComputeBuffer & buffer = buffer_of(i);
             buffer.at_ready = buffer.in_use = std::max(buffer.at_ready, sizes[i]);
@@ -167,7 +170,7 @@ ComputeMemory measure_compute_memory(llama_context * context) {
     }
     if (context->get_memory()) {
         fill_a_slot(*context, [&](const Shape & shape, uint32_t prompt, const llama_memory_context_i * memory) {
-            const std::vector<size_t> sizes = graph_sizes(*context, shape, memory, result.scratch);
+            const std::vector<size_t> sizes = graph_sizes(*context, shape, memory, result);
             for (size_t i = 0; i < sizes.size(); i++) {
                 ComputeBuffer & buffer = buffer_of(i);
                 if (sizes[i] > buffer.in_use) {

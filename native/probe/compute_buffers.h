@@ -6,6 +6,7 @@
 #include <map>
 
 #include "ggml-backend.h"
+#include "graph_steps.h"
 #include "scratch_memory.h"
 
 struct llama_context;
@@ -19,6 +20,7 @@ struct ComputeBuffer {
 struct ComputeMemory {
     std::map<ggml_backend_buffer_type_t, ComputeBuffer> buffers;
     ScratchMemory scratch;  // in use
+    GraphSteps generation;  // of the graph that generates a token in each slot
 };
 
 // For a context opened on a model that was loaded with no_alloc, which it leaves unusable.

@@ -159,10 +159,20 @@ void add_scratch(json & answer, const ScratchMemory & memory, const char * part)
     }
 }
 
+void add_steps(json & answer, const GraphSteps & graph, const char * part) {
+    json devices = json::array();
+    for (const auto & [dev, steps] : graph.devices) {
+        devices.push_back(
+            {{"device", ggml_backend_dev_name(dev)}, {"products", steps.products}, {"others", steps.others}});
+    }
+    answer["graphs"].push_back({{"part", part}, {"splits", graph.splits}, {"devices", devices}});
+}
+
 void add_context(json & answer, llama_context * context, const char * part, bool mapped, bool with_weights) {
-    const auto [compute, scratch] = measure_compute_memory(context);
+    const auto [compute, scratch, generation] = measure_compute_memory(context);
     json & buffers = answer["buffers"];
     add_scratch(answer, scratch, part);
+    add_steps(answer, generation, part);
     for (const auto & [type, memory] : llama_get_memory_breakdown(context)) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(type);
         const bool on_device = !ggml_backend_buft_is_host(type) && !is_repacking(type);
@@ -308,6 +318,7 @@ json measure_memory(const std::vector<std::string> & server_arguments) {
     answer["n_params"] = llama_model_n_params(model.get());
     answer["buffers"] = json::array();
     answer["scratch"] = json::array();
+    answer["graphs"] = json::array();
     add_context(answer, context.get(), "model", mapped, true);
     add_draft(answer, params, model.get(), context.get(), mapped);
     add_mmproj(answer["buffers"], params);

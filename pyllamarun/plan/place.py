@@ -16,8 +16,8 @@ from pyllamarun.plan.request import (
     fixed_value,
     has_option,
 )
-from pyllamarun.plan.speed import TokenCost, token_cost
 from pyllamarun.plan.spill import OVERRIDES, Division, Piece, covers, divisions, stays_on_cpu
+from pyllamarun.plan.token_cost import TokenCost, token_cost
 from pyllamarun.units import format_size
 
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
@@ -72,7 +72,11 @@ class Placement:
         return max(0, self.answer.offloadable_layers - self.gpu_layers)
 
     def cost(self, header: Header) -> TokenCost:
-        return token_cost(header, self.answer, self.holds)
+        return token_cost(header, self.answer, self.device_of)
+
+    def device_of(self, name: str) -> str | None:
+        """The GPU that a tensor is on; of several the first."""
+        return self.limits[0].device.name if self.limits and self.holds(name) else None
 
     def holds(self, name: str) -> bool:
         """Whether a tensor is on a GPU."""
