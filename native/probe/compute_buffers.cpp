@@ -40,16 +40,33 @@ struct Shape {
     uint32_t tokens, sequences, outputs;
 };
 
+// One graph that was measured: its number among all of them, the prompt that it is of (0: as reserved when the server
+// is ready), and its sizes per sched backend.
+struct Measurement {
+    size_t number;
+    uint32_t prompt_tokens;
+    std::vector<size_t> sizes;
+};
+
+struct Share {
+    std::vector<Measurement> measurements;
+    ScratchMemory scratch;
+    GraphSteps generation;
+};
+
 // Sizes per sched backend; the graph is built for the state in which `memory` is.
 std::vector<size_t> graph_sizes(llama_context & context, const Shape & shape, const llama_memory_context_i * memory,
-                                ScratchMemory & scratch) {
+                                Share & share) {
     std::vector<size_t> sizes(size_t(ggml_backend_sched_get_n_backends(context.get_sched())), 0);
     ggml_cgraph * graph = context.graph_reserve(shape.tokens, shape.sequences, shape.outputs, memory,
                                                 /*split_only=*/true, sizes.data());
     if (!graph) {
         throw std::runtime_error("llama.cpp cannot build this model's graph");
     }
-    include_scratch(scratch, context.get_sched(), graph);
+    include_scratch(share.scratch, context.get_sched(), graph);
+    if (shape.tokens == shape.sequences && shape.tokens == context.get_cparams().n_seq_max) {
+        share.generation = count_steps(context.get_sched(), graph);
+    }
     return sizes;
 }
 
@@ -125,26 +142,13 @@ void fill_a_slot(llama_context & context, const Visit & visit) {
     }
 }
 
-// One graph that was measured: its number among all of them, the prompt that it is of (0: as reserved when the server
-// is ready), and its sizes per sched backend.
-struct Measurement {
-    size_t number;
-    uint32_t prompt_tokens;
-    std::vector<size_t> sizes;
-};
-
-struct Share {
-    std::vector<Measurement> measurements;
-    ScratchMemory scratch;
-};
-
 // Every `stride`-th graph, from number `first` on.
 Share measure_share(llama_context & context, size_t first, size_t stride) {
     Share share;
     size_t number = 0;
     const auto measure = [&](const Shape & shape, uint32_t prompt, const llama_memory_context_i * memory) {
         if (number++ % stride == first) {
-            share.measurements.push_back({number, prompt, graph_sizes(context, shape, memory, share.scratch)});
+            share.measurements.push_back({number, prompt, graph_sizes(context, shape, memory, share)});
         }
     };
     llama_memory_context_ptr full;
@@ -169,6 +173,9 @@ ComputeMemory combined(llama_context & context, const std::vector<Share> & share
         }
         for (const auto & [device, scratch] : share.scratch) {
             result.scratch[device].include(scratch);
+        }
+        if (!share.generation.devices.empty()) {
+            result.generation = share.generation;
         }
     }
     std::sort(measurements.begin(), measurements.end(),

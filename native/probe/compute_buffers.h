@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ggml-backend.h"
+#include "graph_steps.h"
 #include "scratch_memory.h"
 
 struct llama_context;
@@ -20,6 +21,7 @@ struct ComputeBuffer {
 struct ComputeMemory {
     std::map<ggml_backend_buffer_type_t, ComputeBuffer> buffers;
     ScratchMemory scratch;  // in use
+    GraphSteps generation;  // of the graph that generates a token in each slot
 };
 
 // For contexts opened on a model that was loaded with no_alloc, all with the same parameters; they share the work, a

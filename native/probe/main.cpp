@@ -8,7 +8,7 @@
 //                                                                                  (cuda_rules/card.h), before the
 //                                                                                  first question
 //   pyllamarun-probe --devices                lists devices (machine.h)
-//   pyllamarun-probe --read-bandwidth [N]     measures RAM read bandwidth with 1 and N threads (machine.h)
+//   pyllamarun-probe --read-bandwidth [--threads N]   measures how fast the CPU reads and computes (cpu_rates.h)
 //   pyllamarun-probe --version
 //
 // A question that cannot be answered is answered {"error": what, "log": [llama.cpp's own words, …]}; the next one is
@@ -20,12 +20,12 @@
 #include <iostream>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "build-info.h"
 #include "captured_log.h"
 #include "common.h"
+#include "cpu_rates.h"
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "llama.h"
@@ -89,20 +89,19 @@ int main(int argc, char ** argv) {
         std::cout << "version: " << llama_build_number() << " (" << llama_commit() << ")" << std::endl;
         return EXIT_SUCCESS;
     }
-    if (command == "--read-bandwidth") {
-        const int threads = argc > 2 ? std::atoi(argv[2]) : int(std::thread::hardware_concurrency());
-        print(measure_read_bandwidth(threads));
-        return EXIT_SUCCESS;
-    }
     common_init();
     common_log_set_verbosity_thold(LOG_LEVEL_ERROR);
     ggml_backend_load_all();
+    if (command == "--read-bandwidth" && (argc == 2 || (argc == 4 && std::string(argv[2]) == "--threads"))) {
+        print(measure_cpu_rates(argc == 4 ? std::atoi(argv[3]) : 0));
+        return EXIT_SUCCESS;
+    }
     if (command == "--devices") {
         print(list_devices());
         return EXIT_SUCCESS;
     }
     if (!command.empty()) {
-        std::cerr << "usage: pyllamarun-probe [--devices | --read-bandwidth [THREADS] | --version]" << std::endl;
+        std::cerr << "usage: pyllamarun-probe [--devices | --read-bandwidth [--threads N] | --version]" << std::endl;
         return 2;
     }
     llama_backend_init();

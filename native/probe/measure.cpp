@@ -180,10 +180,20 @@ struct Contexts {
     }
 };
 
+void add_steps(json & answer, const GraphSteps & graph, const char * part) {
+    json devices = json::array();
+    for (const auto & [dev, steps] : graph.devices) {
+        devices.push_back(
+            {{"device", ggml_backend_dev_name(dev)}, {"products", steps.products}, {"others", steps.others}});
+    }
+    answer["graphs"].push_back({{"part", part}, {"splits", graph.splits}, {"devices", devices}});
+}
+
 void add_context(json & answer, const Contexts & contexts, const char * part, bool mapped, bool with_weights) {
-    const auto [compute, scratch] = measure_compute_memory(contexts.pointers());
+    const auto [compute, scratch, generation] = measure_compute_memory(contexts.pointers());
     json & buffers = answer["buffers"];
     add_scratch(answer, scratch, part);
+    add_steps(answer, generation, part);
     for (const auto & [type, memory] : llama_get_memory_breakdown(contexts.first())) {
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(type);
         const bool on_device = !ggml_backend_buft_is_host(type) && !is_repacking(type);
@@ -352,6 +362,7 @@ json measure_memory(const std::vector<std::string> & server_arguments) {
     answer["n_params"] = llama_model_n_params(model.get());
     answer["buffers"] = json::array();
     answer["scratch"] = json::array();
+    answer["graphs"] = json::array();
     add_context(answer, contexts, "model", mapped, true);
     add_draft(answer, params, model.get(), context, mapped);
     add_mmproj(answer["buffers"], params);

@@ -21,5 +21,8 @@
 // scratch: what ggml-cuda allocates besides while it computes, for each of its devices and for each context on it, by
 // the rules of cuda_rules/scratch.h: its pool of scratch memory, and cuBLAS's workspace.
 //
+// graphs: [{"part": "model", "splits": 5, "devices": [{"device": "CUDA0", "products": …, "others": …}, …]}, …], the
+// steps that one generated token takes (graph_steps.h).
+//
 // Throws std::runtime_error with llama.cpp's own reason where llama-server would refuse.  `-fit` is taken as off.
 nlohmann::ordered_json measure_memory(const std::vector<std::string> & server_arguments);

@@ -179,7 +179,7 @@ class _Search:
             return best
         for kinds in (BUT_ATTENTION, ANY_MATRIX):
             found = self._divided(self.gpus, division, best, kinds)
-            if found and found.cost(self._header).as_ram_bytes < best.cost(self._header).as_ram_bytes:
+            if found and found.cost(self._header).seconds < best.cost(self._header).seconds:
                 best = found
         return best
 
@@ -195,7 +195,7 @@ class _Search:
         if not found.fits or self._besides(self.gpus, found) > self._besides(self.gpus, nothing):
             return None
         whole = replace(found, on_gpu=found.on_gpu - 1, left_behind=())
-        return found if found.cost(self._header).as_ram_bytes < whole.cost(self._header).as_ram_bytes else None
+        return found if found.cost(self._header).seconds < whole.cost(self._header).seconds else None
 
     def _whole(self, division: Division, nothing: Placement) -> Placement | None:
         """The most steps in whole layers: either one more was asked about, or there cannot be room for it."""

@@ -9,8 +9,8 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.plan.limits import ASSUMED, GIVEN, Limit
 from pyllamarun.plan.probe import Answer
 from pyllamarun.plan.request import ASSUMED_POOL_BYTES
-from pyllamarun.plan.speed import TokenCost, token_cost
 from pyllamarun.plan.spill import Division, Piece
+from pyllamarun.plan.token_cost import TokenCost, token_cost
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Placement:
         return max(0, self.answer.offloadable_layers - self.gpu_layers)
 
     def cost(self, header: Header) -> TokenCost:
-        return token_cost(header, self.answer, self.holds)
+        return token_cost(header, self.answer, self.device_of)
 
     def holds(self, name: str) -> bool:
         """Whether a tensor is on a GPU."""

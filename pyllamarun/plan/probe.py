@@ -40,6 +40,24 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How many steps of the graph of a generated token a device computes: products with matrices, and others."""
+
+    device: str
+    products: int
+    others: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a generated token takes; `splits` are the runs of steps on one device."""
+
+    part: str
+    splits: int
+    devices: tuple[Steps, ...]
+
+
+@dataclass(frozen=True)
 class Answer:
     """What llama-server would allocate with the arguments that were asked about.
 
@@ -57,6 +75,7 @@ class Answer:
     worst_prompt_tokens: int
     scratch: tuple[Scratch, ...] = ()
     scratch_source: str = "computed"
+    graphs: tuple[Graph, ...] = ()
 
     def scratch_bytes(self, device: str) -> int | None:
         """Scratch pool and workspace on a device; None where the probe has no rules for it."""
@@ -156,7 +175,12 @@ def _answer(data: dict[str, object]) -> Answer:
         buffers=tuple(Buffer(**{name: entry[name] for name in names}) for entry in raw),
         worst_prompt_tokens=max((entry.get("worst_prompt_tokens", 0) for entry in raw), default=0),
         scratch=tuple(Scratch(**entry) for entry in _list(data, "scratch")),
+        graphs=tuple(_graph(entry) for entry in _list(data, "graphs")),
     )
+
+
+def _graph(entry: dict[str, Any]) -> Graph:
+    return Graph(entry["part"], entry["splits"], tuple(Steps(**steps) for steps in entry["devices"]))
 
 
 def _list(data: dict[str, object], key: str) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.request import Budget, Request, fixed_value, has_option
+from pyllamarun.plan.token_cost import CPU
 from pyllamarun.units import MIB, format_size
 
 RESIDENT, REREAD, SWAPPED, TOO_LARGE = "resident", "reread", "swapped", "too_large"
@@ -171,7 +172,7 @@ def host_needs(
         mapped_bytes=mapped,
         locked_bytes=locked if memory.lockable_bytes is None or locked <= memory.lockable_bytes else 0,
         reach_bytes=round(mapped_share * (weights - embedding)),
-        read_bytes=round(mapped_share * placement.cost(header).cpu_weights_bytes),
+        read_bytes=round(mapped_share * placement.cost(header).weights_read_bytes(CPU)),
         file_bytes=header.file_bytes,
         prompt_cache_bytes=_prompt_cache_bytes(request),
     )

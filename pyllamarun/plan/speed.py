@@ -1,75 +1,159 @@
-"""How much one token costs, for choosing between placements that all fit."""
+"""How fast a placed model will be: tokens per second, from low to high, what that rests on, and what to call it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
+from pyllamarun.machine.rates import MEASURED, NOMINAL
 from pyllamarun.models.gguf import Header
+from pyllamarun.plan.hardware import NVML, SPECIFICATION, UNKNOWN, GpuRates, Hardware
 from pyllamarun.plan.probe import Answer
-from pyllamarun.plan.spill import EXPERTS
+from pyllamarun.plan.token_cost import (
+    CPU,
+    USUAL,
+    DeviceOf,
+    Term,
+    Use,
+    gpu_product_rate,
+    gpu_read_rate,
+    matrices,
+    token_cost,
+    used_share,
+)
 
-# As long as nothing is measured: a consumer card reads 300 to 1,000 GB/s, two channels of DDR4 or DDR5 35 to 70.
-GPU_TO_RAM = 8.0
-# Attention on the CPU takes longer than reading keys and values would: with 8 query heads to one of keys, 134 million
-# operations a layer at 4,096 tokens, for 16 MiB.
-ATTENTION_ON_CPU = 2.5
-# A conversation has, on the average, filled half of its context.
-FILLED = 0.5
-# What handing an activation to the other side and back costs, as bytes that RAM would deliver meanwhile (20 us).
-CROSSING_BYTES = 1_000_000
-# These being rough, a less plain division has to be better by so much.
-CLEARLY = 0.95
+# By how much a rate may be wrong either way, by where it comes from.
+SPREAD = {MEASURED: 0.12, NVML: 0.20, SPECIFICATION: 0.20, NOMINAL: 0.20, "assumed": 0.50}
+PROMPT_SPREAD = 0.15  # more, for a prompt
+
+# ggml-cuda has weights copied from RAM for batches of at least so many tokens (GGML_OP_OFFLOAD_MIN_BATCH).
+OFFLOADED_BATCH = 32
+# What copies get of a PCI Express link: from pinned memory, and from pages of a file.
+PINNED_EFFICIENCY, MAPPED_EFFICIENCY = 0.80, 0.40
+
+UNUSABLE, SLOW, USABLE, INTERACTIVE = "unusable", "slow: batch work", "usable", "interactive"
 
 
 @dataclass(frozen=True)
-class TokenCost:
-    """What one token reads on each side, in bytes, and how often the computation crosses from one to the other."""
+class Range:
+    """Tokens per second."""
 
-    gpu_weights_bytes: int
-    cpu_weights_bytes: int
-    gpu_context_bytes: int
-    cpu_context_bytes: int
-    crossings: int
+    low: float
+    high: float
 
     @property
-    def as_ram_bytes(self) -> float:
-        """All of it, as bytes that RAM would deliver in the same time."""
-        gpu = (self.gpu_weights_bytes + FILLED * self.gpu_context_bytes) / GPU_TO_RAM
-        cpu = self.cpu_weights_bytes + FILLED * ATTENTION_ON_CPU * self.cpu_context_bytes
-        return gpu + cpu + self.crossings * CROSSING_BYTES
-
-    def is_clearly_below(self, other: TokenCost) -> bool:
-        return self.as_ram_bytes < CLEARLY * other.as_ram_bytes
-
-    @property
-    def has_much_attention_on_cpu(self) -> bool:
-        """Whether a placement without it, all that dividing by feed-forward matrices saves, could be clearly below."""
-        attention = FILLED * ATTENTION_ON_CPU * self.cpu_context_bytes
-        return self.as_ram_bytes - attention < CLEARLY * self.as_ram_bytes
+    def middle(self) -> float:
+        return math.sqrt(self.low * self.high)
 
 
-def token_cost(header: Header, answer: Answer, on_gpu: Callable[[str], bool]) -> TokenCost:
-    """Weights by the tensor table, of experts only the share that is used; the KV cache as the probe says.
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second in one slot: generated with the context filled as far as was asked, with it empty, and full;
+    and of a prompt that is read.  `throughput` is what all slots generate together when all of them do.
 
-    A layer that is on both sides costs two crossings.
+    `from_disk`: the model is larger than the RAM that is available, so that a part of it is read from disk for every
+    token, which takes minutes; then no figure is given.  `basis` is where rates come from, `terms` what a generated
+    token is made of.
     """
-    used = header.get("expert_used_count", 0)
-    share = used / answer.experts if answer.experts and isinstance(used, int) else 1.0
-    read = {True: 0.0, False: 0.0}
-    sides: dict[str, set[bool]] = {}
-    for tensor in header.tensors:
-        if tensor.name.startswith("token_embd"):
-            continue  # one row of it
-        side = on_gpu(tensor.name)
-        read[side] += tensor.size_bytes * (share if re.search(EXPERTS, tensor.name) else 1.0)
-        sides.setdefault(".".join(tensor.name.split(".")[:2]), set()).add(side)
-    on_device = answer.bytes(use="context", kind="device")
-    return TokenCost(
-        gpu_weights_bytes=round(read[True]),
-        cpu_weights_bytes=round(read[False]),
-        gpu_context_bytes=on_device,
-        cpu_context_bytes=answer.bytes(use="context") - on_device,
-        crossings=2 * sum(len(both) > 1 for both in sides.values()),
+
+    generation: Range | None
+    generation_empty: Range | None
+    generation_full: Range | None
+    prompt: Range | None
+    throughput: Range | None
+    from_disk: bool
+    basis: tuple[str, ...]
+    terms: tuple[Term, ...]
+    verdict: str
+
+
+def predict(
+    header: Header,
+    answer: Answer,
+    device_of: DeviceOf,
+    hardware: Hardware = UNKNOWN,
+    use: Use = USUAL,
+    *,
+    ubatch_tokens: int = 512,
+    available_ram_bytes: int | None = None,
+) -> Speed:
+    """`device_of` names the GPU that a tensor is on, or None for the CPU."""
+    cost = token_cost(header, answer, device_of, hardware, use)
+    basis = tuple(dict.fromkeys(term.source for term in sorted(cost.terms, key=lambda term: -term.seconds)))
+    if available_ram_bytes is not None and answer.bytes(device=CPU) > available_ram_bytes:
+        return Speed(None, None, None, None, None, True, basis, cost.terms, UNUSABLE)
+
+    def generated(use: Use) -> Range:
+        return _range(token_cost(header, answer, device_of, hardware, use).terms, use.slots)
+
+    generation = _range(cost.terms, 1)
+    return Speed(
+        generation=generation,
+        generation_empty=generated(replace(use, filled=0.0)),
+        generation_full=generated(replace(use, filled=1.0)),
+        prompt=_prompt(header, answer, device_of, hardware, use, ubatch_tokens),
+        throughput=generated(replace(use, slots=max(1, answer.slots))),
+        from_disk=False,
+        basis=basis,
+        terms=cost.terms,
+        verdict=verdict(generation.middle),
     )
+
+
+def verdict(tokens_per_second: float) -> str:
+    """What generation at this speed is good for."""
+    if tokens_per_second < 0.5:
+        return UNUSABLE
+    if tokens_per_second < 2:
+        return SLOW
+    return USABLE if tokens_per_second <= 10 else INTERACTIVE
+
+
+def _range(terms: Iterable[Term], tokens: int, more: float = 0.0) -> Range:
+    """Each term as slow, and as fast, as its rate may be."""
+    slow = fast = 0.0
+    for term in terms:
+        spread = min(0.9, SPREAD[term.source] + more)
+        slow += term.seconds / (1.0 - spread)
+        fast += term.seconds / (1.0 + spread)
+    return Range(tokens / slow, tokens / fast) if fast else Range(0.0, 0.0)
+
+
+def _prompt(
+    header: Header, answer: Answer, device_of: DeviceOf, hardware: Hardware, use: Use, ubatch_tokens: int
+) -> Range:
+    """A prompt of one ubatch, at the beginning of a context."""
+    main = next(iter(hardware.gpus), None)
+    offloads = main is not None and ubatch_tokens >= OFFLOADED_BATCH
+    efficiency = PINNED_EFFICIENCY if answer.bytes(kind="pinned") > answer.bytes(kind="mapped") else MAPPED_EFFICIENCY
+    once, all_used = used_share(header, 1), used_share(header, ubatch_tokens)
+    terms: dict[tuple[str, str, str], Term] = {}
+    for matrix in matrices(header, answer, device_of, hardware.host):
+        tensor = matrix.tensor
+        if tensor.name in ("output.weight", "token_embd.weight"):
+            continue  # for the last token only
+        operations = 2.0 * math.prod(tensor.shape) * ubatch_tokens * (once if matrix.is_expert else 1.0)
+        size = tensor.size_bytes * (all_used if matrix.is_expert else 1.0)
+        if matrix.device != CPU:
+            found = [_computed(matrix.device, hardware.gpu(matrix.device), operations, size)]
+        elif offloads and main:
+            link = efficiency * hardware.gpus[main].pcie_bytes_per_second
+            found = [
+                Term("copies", main, round(size), link, hardware.gpus[main].source, size / link),
+                _computed(main, hardware.gpus[main], operations, size),
+            ]
+        else:
+            rate = hardware.host.product_rate(tensor.type.name, matrix.layout, use.threads)
+            found = [Term("products", CPU, 0, 0.0, hardware.host.source, operations / rate)]
+        for term in found:
+            key = (term.what, term.device, term.source)
+            before = terms[key].seconds if key in terms else 0.0
+            terms[key] = replace(term, seconds=before + term.seconds)
+    steps = [term for term in token_cost(header, answer, device_of, hardware, use).terms if term.what.endswith("steps")]
+    return _range([*terms.values(), *steps], ubatch_tokens, PROMPT_SPREAD)
+
+
+def _computed(device: str, gpu: GpuRates, operations: float, size_bytes: float) -> Term:
+    seconds = max(operations / gpu_product_rate(gpu), size_bytes / gpu_read_rate(gpu))
+    return Term("products", device, 0, 0.0, gpu.source, seconds)
