@@ -16,18 +16,24 @@ from types import TracebackType
 from typing import Any
 
 from pyllamarun import paths
+from pyllamarun.machine.bandwidth import known_rates, measure
 from pyllamarun.machine.cards import identify
+from pyllamarun.machine.core_rates import ASSUMED_BANDWIDTH, ASSUMED_CORES, assumed, nominal
 from pyllamarun.machine.gpu import GpuSurvey
 from pyllamarun.machine.host import Memory, memory_of, read_memory
 from pyllamarun.machine.machine import HERE, Machine
+from pyllamarun.machine.rates import HostRates
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
 from pyllamarun.models.skeleton import write_skeleton
+from pyllamarun.plan.hardware import Hardware, hardware_of
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused
 from pyllamarun.plan.request import Budget, Request, make_request
 from pyllamarun.plan.saved import confirm
-from pyllamarun.run.binaries import Binaries, find_binaries
+from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
+from pyllamarun.run.command import environment
+from pyllamarun.run.process import output_of
 from pyllamarun.run.rehearsed import Rehearsals
 from pyllamarun.run.stage import CARDS, REAL, Stage, open_probe, open_stage, survey_stage
 
@@ -95,10 +101,25 @@ class Planner:
             return memory_of(described)
         return replace(read_memory(), assumed=not self.machine.is_here)
 
+    @functools.cached_property
+    def hardware(self) -> Hardware:
+        """How fast its parts are.  NVML is asked about cards that are not in the table only: it takes time."""
+        cards = self.stage.cards
+        asked = self.stage.kind == REAL and bool(self.devices) and not all(cards)
+        return hardware_of(self.devices, cards, self._survey.gpus if asked else (), self._host_rates())
+
+    def _host_rates(self) -> HostRates:
+        """Measured, where that was done on this machine; as the machine is described; or assumed."""
+        bandwidth, cores = self.machine.ram_bandwidth_bytes_per_second, self.machine.cores
+        if bandwidth is None and cores is None:
+            measured = known_rates(paths.state_folder(), self.binaries.build.commit) if self.machine.is_here else None
+            return measured or assumed()
+        return nominal(bandwidth or ASSUMED_BANDWIDTH, cores or ASSUMED_CORES)
+
     def plan(self, model: Model, request: Request) -> Plan:
         """Raises DoesNotFit, UsageError, Refused or BinaryError."""
         memory, ask = self.memory(request.ram), self._ask(model.header)
-        return make_plan(model.header, request, self.devices, memory, ask, lambda: self._survey)
+        return make_plan(model.header, request, self.devices, memory, ask, self.hardware, lambda: self._survey)
 
     def confirm(self, model: Model, plan: Plan) -> None:
         """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in plan/saved.py."""
@@ -157,6 +178,20 @@ class _Questions:
         except Refused as error:
             what, why = (text.replace(self._skeleton, self._model) for text in (error.what, error.why))
             raise Refused(what, why=why) from None
+
+
+def read_bandwidth() -> HostRates:
+    """Measures this machine's CPU and RAM, for the plans to come until it is started again; takes some two seconds.
+
+    Raises BinaryError where that fails.
+    """
+    binaries = find_binaries()
+    probe = binaries.path(PROBE)
+
+    def run() -> str:
+        return output_of([probe, "--read-bandwidth"], environment(binaries, ()))[1]
+
+    return measure(paths.state_folder(), binaries.build.commit, run)
 
 
 def plan(model: Model | str | Path, machine: Machine = HERE, **wishes: Any) -> Plan:

@@ -17,9 +17,17 @@ from pyllamarun.errors import UsageError
     "--compare", "axis", type=click.Choice(["quants", "ctx", "vram", "slots"]), default=None,
     help="Plans beside this one: with every requantization of the model, other contexts, budgets, or numbers of slots.",
 )  # fmt: skip
+@click.option("--explain", is_flag=True, help="Show what the predicted speed is made of.")
+@click.option(
+    "--read-bandwidth", is_flag=True,
+    help="First measure how fast this machine's RAM and CPU are, in some two seconds; kept until the next boot.",
+)  # fmt: skip
 @as_json
 @dry_run
-def command(options: PlanOptions, save: str | None, axis: str | None, as_json: bool, dry_run: bool) -> None:
+def command(
+    options: PlanOptions, save: str | None, axis: str | None, explain: bool, read_bandwidth: bool, as_json: bool,
+    dry_run: bool,
+) -> None:  # fmt: skip
     """Says how many layers of MODEL go to the GPU within the VRAM budget, and what that takes, to the byte.
 
     MODEL is a path, the name of a model that is on this machine (`pyllamarun list`), hf:OWNER/REPO:Q4_K_M,
@@ -27,6 +35,10 @@ def command(options: PlanOptions, save: str | None, axis: str | None, as_json: b
     hf:OWNER/REPO all the models of a repository are planned, and one is recommended.
     llama.cpp itself is asked what it would allocate; nothing is loaded.
     """
+    if read_bandwidth:
+        from pyllamarun.planner import read_bandwidth as measure
+
+        measure()
     one_plan = dry_run or save is not None
     if axis is not None and one_plan:
         raise UsageError("--compare makes several plans; --save and --dry-run are for one.", remedy="Leave one out.")
@@ -35,7 +47,7 @@ def command(options: PlanOptions, save: str | None, axis: str | None, as_json: b
 
         print_comparison(options, axis, as_json=as_json)
     elif not (options.model.startswith("hf:") and not one_plan and _printed_models(options, as_json)):
-        _print_plan(options, save, as_json=as_json, dry_run=dry_run)
+        _print_plan(options, save, explain=explain, as_json=as_json, dry_run=dry_run)
 
 
 def _printed_models(options: PlanOptions, as_json: bool) -> bool:
@@ -50,7 +62,7 @@ def _printed_models(options: PlanOptions, as_json: bool) -> bool:
     return len(models) > 1
 
 
-def _print_plan(options: PlanOptions, save: str | None, *, as_json: bool, dry_run: bool) -> None:
+def _print_plan(options: PlanOptions, save: str | None, *, explain: bool, as_json: bool, dry_run: bool) -> None:
     from pathlib import Path
 
     from pyllamarun import output
@@ -68,6 +80,6 @@ def _print_plan(options: PlanOptions, save: str | None, *, as_json: bool, dry_ru
     elif dry_run:
         output.print_text(line)
     else:
-        output.print_text(describe(plan.plan, line, plan.stage.description, output.screen()))
+        output.print_text(describe(plan.plan, line, plan.stage.description, output.screen(), explain=explain))
         if not plan.model.source.is_here:
             output.print_text(f"The model is not on this machine yet: {plan.model.source.pull_command}")

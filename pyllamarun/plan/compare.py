@@ -112,9 +112,8 @@ def rows_of(variants: Iterable[Variant], plan: Callable[[Variant], Plan]) -> tup
 
 
 def _row(variant: Variant, plan: Plan) -> Row:
-    speed = getattr(plan, "speed", None)
-    low, high = _ends(getattr(speed, "generation", None))
-    low_total, high_total = _ends(getattr(speed, "throughput", None))
+    low, high = _ends(plan.speed.generation)
+    low_total, high_total = _ends(plan.speed.throughput)
     return replace(
         _without_plan(variant),
         context_tokens=plan.context_tokens,
@@ -128,7 +127,7 @@ def _row(variant: Variant, plan: Plan) -> Row:
         high_tokens_per_second=high,
         low_total_tokens_per_second=low_total,
         high_total_tokens_per_second=high_total,
-        from_disk=bool(getattr(speed, "from_disk", False)),
+        from_disk=plan.speed.from_disk,
         plan=plan,
     )
 

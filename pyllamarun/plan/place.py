@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.gguf import Header
+from pyllamarun.plan.hardware import UNKNOWN, Hardware
 from pyllamarun.plan.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout, Room
 from pyllamarun.plan.limits import DEVICES, Limit
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Answer
 from pyllamarun.plan.request import Request, fixed_value, has_option
 from pyllamarun.plan.spill import OVERRIDES, Division, Piece, divisions, overridden
+from pyllamarun.plan.token_cost import TokenCost
 from pyllamarun.units import format_size
 
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
@@ -26,12 +28,14 @@ UNDIVIDED = Division("layers", 0, 0)
 Ask = Callable[[Sequence[str]], Answer]
 
 
-def place(header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask) -> Placement:
-    """The placement that costs least a token, of those within the limits.
+def place(
+    header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask, hardware: Hardware = UNKNOWN
+) -> Placement:
+    """The placement that costs least a token on that hardware, of those within the limits.
 
     Raises DoesNotFit when not even -ngl 0 does, unless the request says force.
     """
-    search = _Search(header, request, limits, ask)
+    search = _Search(header, request, limits, ask, hardware)
     fixed = fixed_value(request.passthrough, *GPU_LAYERS)
     if fixed is not None or not limits:
         placement = search.as_asked(fixed)
@@ -77,8 +81,11 @@ def _in_order(limits: tuple[Limit, ...]) -> _Gpus:
 class _Search:
     """Asks for placements of one model, each once."""
 
-    def __init__(self, header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask) -> None:
+    def __init__(
+        self, header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask, hardware: Hardware
+    ) -> None:
         self._header = header
+        self._hardware = hardware
         self._request = request
         self._limits = limits
         self._ask = ask
@@ -88,6 +95,9 @@ class _Search:
         self.gpus = _in_order(limits) if self.may_choose_gpus else _Gpus(limits, False)
         self._known: dict[tuple[str, ...], Placement] = {}
         self._layers: Layers | None = None
+
+    def _cost(self, placement: Placement) -> TokenCost:
+        return placement.cost(self._header, self._hardware)
 
     def as_asked(self, gpu_layers: str | None) -> Placement:
         """With the user's own -ngl, shared among GPUs so that it fits, if it can; or without any GPU."""
@@ -147,11 +157,11 @@ class _Search:
         chosen = nothing
         for division in divisions(self._request.passthrough, nothing.answer):
             if chosen is not nothing:
-                may_gain = division.name == "feed_forward" and chosen.cost(self._header).has_much_attention_on_cpu
+                may_gain = division.name == "feed_forward" and self._cost(chosen).has_much_attention_on_cpu
                 if not may_gain:
                     break  # experts' divisions come in the order of their merit
             found = self._filled(division, nothing)
-            if found and (chosen is nothing or found.cost(self._header).is_clearly_below(chosen.cost(self._header))):
+            if found and (chosen is nothing or self._cost(found).is_clearly_below(self._cost(chosen))):
                 chosen = found
         return self._without_idle_gpus(chosen)
 
@@ -179,7 +189,7 @@ class _Search:
             return best
         for kinds in (BUT_ATTENTION, ANY_MATRIX):
             found = self._divided(self.gpus, division, best, kinds)
-            if found and found.cost(self._header).seconds < best.cost(self._header).seconds:
+            if found and self._cost(found).seconds < self._cost(best).seconds:
                 best = found
         return best
 
@@ -195,7 +205,7 @@ class _Search:
         if not found.fits or self._besides(self.gpus, found) > self._besides(self.gpus, nothing):
             return None
         whole = replace(found, on_gpu=found.on_gpu - 1, left_behind=())
-        return found if found.cost(self._header).seconds < whole.cost(self._header).seconds else None
+        return found if self._cost(found).seconds < self._cost(whole).seconds else None
 
     def _whole(self, division: Division, nothing: Placement) -> Placement | None:
         """The most steps in whole layers: either one more was asked about, or there cannot be room for it."""

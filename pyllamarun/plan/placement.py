@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from pyllamarun.models.gguf import Header
+from pyllamarun.plan.hardware import UNKNOWN, Hardware
 from pyllamarun.plan.limits import ASSUMED, GIVEN, Limit
 from pyllamarun.plan.probe import Answer
 from pyllamarun.plan.request import ASSUMED_POOL_BYTES
@@ -40,8 +41,8 @@ class Placement:
         """How many of the first layers are on the CPU as a whole."""
         return max(0, self.answer.offloadable_layers - self.gpu_layers)
 
-    def cost(self, header: Header) -> TokenCost:
-        return token_cost(header, self.answer, self.device_of)
+    def cost(self, header: Header, hardware: Hardware = UNKNOWN) -> TokenCost:
+        return token_cost(header, self.answer, self.device_of, hardware)
 
     def holds(self, name: str) -> bool:
         """Whether a tensor is on a GPU."""

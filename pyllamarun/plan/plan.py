@@ -13,12 +13,19 @@ from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.output import printable
 from pyllamarun.plan import neighbours, residency
+from pyllamarun.plan.hardware import UNKNOWN, Hardware
 from pyllamarun.plan.limits import Limit, resolve_limits
 from pyllamarun.plan.place import Ask, place
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Device
-from pyllamarun.plan.request import Request
+from pyllamarun.plan.request import DEFAULT_UBATCH_TOKENS, Request, fixed_value
 from pyllamarun.plan.residency import Residency
+from pyllamarun.plan.speed import Speed, predict
+from pyllamarun.plan.token_cost import Use
+
+THREADS = ("-t", "--threads")
+CACHE_TYPE = ("-ctk", "--cache-type-k")
+UBATCH = ("-ub", "--ubatch-size")
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     host: HostPlan
     residency: Residency
+    speed: Speed
     warnings: tuple[str, ...]
 
     def of_model_at(self, path: Path) -> Plan:
@@ -107,6 +115,7 @@ def make_plan(
     devices: Sequence[Device],
     memory: Memory,
     ask: Ask,
+    hardware: Hardware = UNKNOWN,
     survey: neighbours.Survey = neighbours.nobody,
 ) -> Plan:
     """Places the model and describes the result.  `ask` answers for arguments that name the model by its path.
@@ -117,7 +126,7 @@ def make_plan(
     """
     limits, ram = resolve_limits(request, devices), residency.ram_limit(request.ram, memory)
     try:
-        placement = place(header, request, limits, ask)
+        placement = place(header, request, limits, ask, hardware)
     except DoesNotFit as error:
         raise neighbours.naming_neighbours(error, limits, survey) from None
     answer = placement.answer
@@ -125,6 +134,8 @@ def make_plan(
     verdict = residency.judge(needs, ram)
     if not request.force:
         residency.check(verdict, needs, ram)
+    # Where nothing is known of the memory of a machine that is not here, it is taken to suffice.
+    from_disk = verdict.verdict != residency.RESIDENT and not ram.assumed
     return Plan(
         model=str(header.path),
         model_name=header.name,
@@ -144,11 +155,30 @@ def make_plan(
         devices=tuple(_device_plan(placement, limit) for limit in limits),
         host=_host_plan(placement),
         residency=verdict,
+        speed=_speed(placement, header, request, hardware, from_disk),
         warnings=(
             *neighbours.shortages(limits, survey),
             *_warnings(placement),
             *residency.warnings(verdict, ram, header.path.name),
         ),
+    )
+
+
+def _speed(placement: Placement, header: Header, request: Request, hardware: Hardware, from_disk: bool) -> Speed:
+    threads = fixed_value(request.passthrough, *THREADS) or ""
+    use = Use(
+        threads=int(threads) if threads.isdigit() and int(threads) > 0 else None,
+        cache_type=(fixed_value(request.passthrough, *CACHE_TYPE) or "f16").upper(),
+    )
+    ubatch = fixed_value(request.passthrough, *UBATCH) or ""
+    return predict(
+        header,
+        placement.answer,
+        placement.device_of,
+        hardware,
+        use,
+        ubatch_tokens=int(ubatch) if ubatch.isdigit() and int(ubatch) > 0 else DEFAULT_UBATCH_TOKENS,
+        from_disk=from_disk,
     )
 
 

@@ -6,11 +6,17 @@ from pyllamarun.output import PLAIN_SCREEN, Screen, table
 from pyllamarun.plan.bars import bars
 from pyllamarun.plan.plan import DevicePlan, Plan
 from pyllamarun.plan.residency import RESIDENT, Residency
+from pyllamarun.plan.speed_report import describe_speed, explain_speed
 from pyllamarun.units import format_size
 
 
-def describe(plan: Plan, command_line: str, stage: str = "", screen: Screen = PLAIN_SCREEN) -> str:
-    """Several lines: the model, what it is planned on, where it goes, what that takes, the command that does it."""
+def describe(
+    plan: Plan, command_line: str, stage: str = "", screen: Screen = PLAIN_SCREEN, *, explain: bool = False
+) -> str:
+    """Several lines: the model, what it is planned on, where it goes, what that takes, the command that does it.
+
+    `explain` adds what the predicted speed is made of.
+    """
     lines = [
         f"{plan.model_name}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
         f"{_layers(plan)}, {plan.context_tokens:,} tokens of context in {plan.slots} slot{'s' * (plan.slots != 1)}",
@@ -24,6 +30,7 @@ def describe(plan: Plan, command_line: str, stage: str = "", screen: Screen = PL
     lines += [_host_table(plan), *_residency(plan.residency), ""]
     drawn = bars(plan, screen)
     lines += [*drawn, ""] if drawn else []
+    lines += [*describe_speed(plan.speed, plan.slots, not stage), *([explain_speed(plan.speed)] if explain else []), ""]
     lines += [f"warning: {warning}" for warning in plan.warnings] + [""] * bool(plan.warnings)
     lines.append(command_line)
     return "\n".join(lines)

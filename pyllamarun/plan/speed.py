@@ -25,6 +25,7 @@ from pyllamarun.plan.token_cost import (
 
 # By how much a rate may be wrong either way, by where it comes from.
 SPREAD = {MEASURED: 0.12, NVML: 0.20, SPECIFICATION: 0.20, NOMINAL: 0.20, "assumed": 0.50}
+TELLING = 0.01  # a smaller share of the time is nothing that a prediction rests on
 PROMPT_SPREAD = 0.15  # more, for a prompt
 
 # ggml-cuda has weights copied from RAM for batches of at least so many tokens (GGML_OP_OFFLOAD_MIN_BATCH).
@@ -76,12 +77,16 @@ def predict(
     use: Use = USUAL,
     *,
     ubatch_tokens: int = 512,
-    available_ram_bytes: int | None = None,
+    from_disk: bool = False,
 ) -> Speed:
-    """`device_of` names the GPU that a tensor is on, or None for the CPU."""
+    """`device_of` names the GPU that a tensor is on, or None for the CPU.
+
+    `from_disk`: what is on the CPU does not stay in memory, and is read again for each token.
+    """
     cost = token_cost(header, answer, device_of, hardware, use)
-    basis = tuple(dict.fromkeys(term.source for term in sorted(cost.terms, key=lambda term: -term.seconds)))
-    if available_ram_bytes is not None and answer.bytes(device=CPU) > available_ram_bytes:
+    telling = [term for term in cost.terms if term.seconds > TELLING * cost.seconds]
+    basis = tuple(dict.fromkeys(term.source for term in sorted(telling, key=lambda term: -term.seconds)))
+    if from_disk:
         return Speed(None, None, None, None, None, True, basis, cost.terms, UNUSABLE)
 
     def generated(use: Use) -> Range:
