@@ -17,6 +17,7 @@ from typing import Any
 
 from pyllamarun import paths
 from pyllamarun.machine.cards import identify
+from pyllamarun.machine.gpu import GpuSurvey
 from pyllamarun.machine.host import Memory, memory_of, read_memory
 from pyllamarun.machine.machine import HERE, Machine
 from pyllamarun.models.gguf import Header
@@ -28,10 +29,11 @@ from pyllamarun.plan.request import Budget, Request, make_request
 from pyllamarun.plan.saved import confirm
 from pyllamarun.run.binaries import Binaries, find_binaries
 from pyllamarun.run.rehearsed import Rehearsals
-from pyllamarun.run.stage import CARDS, REAL, Stage, open_probe, open_stage
+from pyllamarun.run.stage import CARDS, REAL, Stage, open_probe, open_stage, survey_stage
 
 # Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.
 NEEDS_VOCABULARY = ("-bs", "--backend-sampling")
+NEIGHBOUR_SECONDS = 2.0  # for the driver to say who holds memory; a plan does without
 
 
 class Planner:
@@ -95,12 +97,18 @@ class Planner:
 
     def plan(self, model: Model, request: Request) -> Plan:
         """Raises DoesNotFit, UsageError, Refused or BinaryError."""
-        return make_plan(model.header, request, self.devices, self.memory(request.ram), self._ask(model.header))
+        memory, ask = self.memory(request.ram), self._ask(model.header)
+        return make_plan(model.header, request, self.devices, memory, ask, lambda: self._survey)
 
     def confirm(self, model: Model, plan: Plan) -> None:
         """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in plan/saved.py."""
         devices = self.devices  # as they are without a probe on them
         confirm(plan, self._ask(model.header)(plan.argv[1:]), devices)
+
+    @functools.cached_property
+    def _survey(self) -> GpuSurvey:
+        """Who holds memory of the GPUs, asked once for all plans that need to say it."""
+        return survey_stage(self.stage, NEIGHBOUR_SECONDS)
 
     def rehearsals(self, header: Header) -> Rehearsals:
         """What rehearsals of a model have shown on this stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NVML_TIMEOUT_SECONDS = 10.0
+PROBE_NAME = "pyllamarun-prob"  # as the kernel shortens it
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,10 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card.  What the driver does not tell ([N/A]) is None."""
+    """One card.  What the driver does not tell ([N/A]) is None.
+
+    `is_divided`: CUDA sees an instance (MIG) with a part of the memory in its place; the bytes are the whole card's.
+    """
 
     index: int
     name: str
@@ -35,6 +40,12 @@ class Gpu:
     pcie_generation: int | None
     pcie_width: int | None
     memory_bandwidth_bytes_per_second: int | None
+    is_divided: bool = False
+
+    @property
+    def neighbours(self) -> tuple[GpuProcess, ...]:
+        """The processes on it, but for memory probes, which only plan."""
+        return tuple(process for process in self.processes if not process.name.startswith(PROBE_NAME))
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,7 @@ def _gpu(pynvml: Any, index: int) -> Gpu | None:
             processes.append(GpuProcess(process.pid, _process_name(process.pid), process.usedGpuMemory))
     capability = _asked(pynvml, pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     pci = _asked(pynvml, pynvml.nvmlDeviceGetPciInfo, handle)
+    mig = _asked(pynvml, pynvml.nvmlDeviceGetMigMode, handle)
     width_bits = _asked(pynvml, pynvml.nvmlDeviceGetMemoryBusWidth, handle)
     clock_mhz = _asked(pynvml, pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM)
     bandwidth = None
@@ -152,8 +164,9 @@ def _gpu(pynvml: Any, index: int) -> Gpu | None:
         pcie_generation=_asked(pynvml, pynvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
         pcie_width=_asked(pynvml, pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
         memory_bandwidth_bytes_per_second=bandwidth,
+        is_divided=bool(mig and mig[0]),
     )
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(survey_gpus())))
+    print(json.dumps(asdict(survey_gpus(*map(float, sys.argv[1:2])))))

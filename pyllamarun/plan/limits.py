@@ -28,6 +28,11 @@ class Limit:
     overhead_bytes: int
     overhead_source: str
 
+    @property
+    def free_bytes(self) -> int:
+        """What the process can have now.  "free" was read by one that holds a context of its own, as it will."""
+        return min(self.device.total_bytes, self.device.free_bytes + min(ASSUMED_CONTEXT_BYTES, self.overhead_bytes))
+
 
 def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, ...]:
     """One limit a GPU.
@@ -39,13 +44,21 @@ def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, 
     if budgets and not used:
         raise UsageError(
             "A VRAM budget was given, and there is no GPU.",
-            remedy="Plan for a card that is not here with --virtual-gpu 12GiB, or leave --vram out to use the CPU.",
+            remedy="Plan for a card that is not here with --virtual-gpu 12GiB, or leave --vram out to use the CPU; "
+            "`pyllamarun doctor` says whether CUDA_VISIBLE_DEVICES hides one.",
         )
     if len(budgets) not in (0, 1, len(used)):
         raise UsageError(
             f"--vram has {len(budgets)} values, and there are {len(used)} GPUs.",
             remedy="Give one value for all of them, or one each, separated by commas.",
         )
+    for device in used:
+        if not device.total_bytes:
+            raise DoesNotFit(
+                f"{device.name} tells nothing of its memory.",
+                why="The driver does not answer for it, as for a card that was lost.",
+                remedy="See `pyllamarun doctor`; leave it out with CUDA_VISIBLE_DEVICES, or `-- --device` and others.",
+            )
     limits = []
     for position, device in enumerate(used):
         # "free" was read by a process that holds a context of its own, as the server will.

@@ -8,22 +8,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pyllamarun.errors import DoesNotFit
 from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.output import printable
-from pyllamarun.plan import residency
+from pyllamarun.plan import neighbours, residency
 from pyllamarun.plan.limits import Limit, resolve_limits
 from pyllamarun.plan.place import Ask, place
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import Request
 from pyllamarun.plan.residency import Residency
-from pyllamarun.units import format_size
 
 
 @dataclass(frozen=True)
 class DevicePlan:
     """One GPU, in bytes.  total = weights + context + compute + projector + overhead, and total <= budget.
+
+    Of `memory_bytes`, all that the GPU has, `free_bytes` can be had now; what that is more than the budget is headroom.
 
     The overhead is the CUDA context, "assumed" or "given", and of it `scratch_bytes` are ggml-cuda's scratch pool and
     cuBLAS's workspace: "computed" by rules, "rehearsed", "assumed" where there are none, or "given" with the overhead.
@@ -31,6 +33,8 @@ class DevicePlan:
 
     name: str
     description: str
+    memory_bytes: int
+    free_bytes: int
     budget_bytes: int
     weights_bytes: int
     context_bytes: int
@@ -92,13 +96,25 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(header: Header, request: Request, devices: Sequence[Device], memory: Memory, ask: Ask) -> Plan:
+def make_plan(
+    header: Header,
+    request: Request,
+    devices: Sequence[Device],
+    memory: Memory,
+    ask: Ask,
+    survey: neighbours.Survey = neighbours.nobody,
+) -> Plan:
     """Places the model and describes the result.  `ask` answers for arguments that name the model by its path.
+
+    `survey` is asked who holds memory of a GPU, only where there is too little.
 
     Raises DoesNotFit where a GPU or the host has not enough memory, unless the request says force.
     """
     limits, ram = resolve_limits(request, devices), residency.ram_limit(request.ram, memory)
-    placement = place(header, request, limits, ask)
+    try:
+        placement = place(header, request, limits, ask)
+    except DoesNotFit as error:
+        raise neighbours.naming_neighbours(error, limits, survey) from None
     answer = placement.answer
     needs, more = residency.host_needs(placement, header, request, memory, ram)
     verdict = residency.judge(needs, ram)
@@ -122,7 +138,11 @@ def make_plan(header: Header, request: Request, devices: Sequence[Device], memor
         devices=tuple(_device_plan(placement, limit) for limit in limits),
         host=_host_plan(placement),
         residency=verdict,
-        warnings=(*_warnings(placement), *residency.warnings(verdict, ram, header.path.name)),
+        warnings=(
+            *neighbours.shortages(limits, survey),
+            *_warnings(placement),
+            *residency.warnings(verdict, ram, header.path.name),
+        ),
     )
 
 
@@ -143,6 +163,8 @@ def _device_plan(placement: Placement, limit: Limit) -> DevicePlan:
     return DevicePlan(
         name=name,
         description=limit.device.description,
+        memory_bytes=limit.device.total_bytes,
+        free_bytes=limit.free_bytes,
         budget_bytes=limit.budget_bytes,
         weights_bytes=answer.bytes(device=name, use="weights"),
         context_bytes=answer.bytes(device=name, use="context"),
@@ -173,11 +195,6 @@ def _warnings(placement: Placement) -> list[str]:
     answer = placement.answer
     warnings = []
     for limit in placement.limits:
-        if limit.limit_bytes < limit.budget_bytes:
-            warnings.append(
-                f"{limit.device.name}: {format_size(limit.limit_bytes)} are free now, less than the budget of "
-                f"{format_size(limit.budget_bytes)}; the plan keeps to what is free."
-            )
         if placement.used_bytes(limit) > limit.limit_bytes:
             warnings.append(f"{limit.device.name}: this does not fit, and was forced.")
     if answer.trained_context_tokens and answer.slot_context_tokens > answer.trained_context_tokens:

@@ -56,7 +56,15 @@ def _device_table(plan: Plan) -> str:
         rows.append([device.name, *map(format_size, sizes)])
     lines = [table(rows, header=header, right=range(1, len(header)))]
     lines += dict.fromkeys(_overhead(device) for device in plan.devices)
+    lines += [_headroom(device) for device in plan.devices if device.free_bytes > device.budget_bytes]
     return "\n".join(lines)
+
+
+def _headroom(device: DevicePlan) -> str:
+    """What the budget leaves to others, which is not what the plan leaves of the budget."""
+    free, memory = format_size(device.free_bytes), format_size(device.memory_bytes)
+    left = format_size(device.free_bytes - device.budget_bytes)
+    return f"{device.name}: of {memory}, {free} are free now, of which the budget leaves {left} to others."
 
 
 def _overhead(device: DevicePlan) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pyllamarun.machine.gpu import Gpu, GpuSurvey
 from pyllamarun.machine.host import Cpu, Disk, Memory
+from pyllamarun.output import printable
 from pyllamarun.plan.probe import Device
 from pyllamarun.run.binaries import Build
 from pyllamarun.units import GIB, format_size
@@ -57,6 +58,8 @@ def check_gpus(survey: GpuSurvey, backend: str) -> list[Row]:
 
 def _gpu_text(gpu: Gpu) -> str:
     parts = [f"{gpu.name}, {format_size(gpu.total_bytes)}, {format_size(gpu.free_bytes)} free"]
+    if gpu.is_divided:
+        parts.append("divided (MIG): llama.cpp sees one instance in its place")
     if gpu.compute_capability:
         parts.append(f"compute capability {gpu.compute_capability}")
     if gpu.pcie_generation and gpu.pcie_width:
@@ -64,6 +67,16 @@ def _gpu_text(gpu: Gpu) -> str:
     if gpu.memory_bandwidth_bytes_per_second:
         parts.append(f"{gpu.memory_bandwidth_bytes_per_second / 1e9:.0f} GB/s")
     return ", ".join(parts)
+
+
+def check_visible(value: str | None, survey: GpuSurvey, devices: Sequence[Device]) -> list[Row]:
+    """What CUDA_VISIBLE_DEVICES leaves of the cards, where it is set."""
+    if value is None or not survey.gpus:
+        return []
+    seen = sum(device.backend == "CUDA" for device in devices)
+    text = f"'{printable(value)}' shows llama.cpp {seen} of {len(survey.gpus)} cards"
+    remedy = "" if seen else "unset CUDA_VISIBLE_DEVICES, or list cards by index or UUID: nvidia-smi -L"
+    return [Row(OK if seen else WARNING, "CUDA_VISIBLE_DEVICES", text, remedy)]
 
 
 def check_memory(memory: Memory) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyllamarun.machine.cards import Card
+from pyllamarun.machine.gpu import NVML_TIMEOUT_SECONDS, GpuSurvey, read_survey, survey_gpus
 from pyllamarun.machine.machine import Machine
 from pyllamarun.plan.probe import Device, Probe
 from pyllamarun.plan.request import VirtualGpu, context_bytes
 from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, PROBE, STANDIN, Binaries
 from pyllamarun.run.command import environment, exact_mib
-from pyllamarun.run.process import running
+from pyllamarun.run.process import output_of, running
 from pyllamarun.units import KIB, MIB
 
 STATE = "PYLLAMARUN_VIRTUAL_STATE"
@@ -166,6 +168,18 @@ def list_devices(binaries: Binaries, stage: Stage) -> tuple[Device, ...]:
     """The GPUs that llama.cpp would see."""
     with open_probe(binaries, stage) as probe:
         return probe.devices()
+
+
+def survey_stage(stage: Stage, timeout_seconds: float = NVML_TIMEOUT_SECONDS) -> GpuSurvey:
+    """What the driver tells of a stage's cards; of virtual ones there is nothing to tell."""
+    if stage.kind == REAL:
+        return survey_gpus(timeout_seconds)
+    if stage.kind == VIRTUAL:
+        return GpuSurvey((), None, None)
+    # As its NVML shows it, to a process that finds that one.
+    argv = [sys.executable, "-m", "pyllamarun.machine.gpu", str(timeout_seconds)]
+    _, text = output_of(argv, stage.environment)
+    return read_survey(text)
 
 
 @contextmanager
