@@ -9,6 +9,7 @@ import pytest
 
 from pyllamarun.machine.gpu import Gpu, GpuProcess, GpuSurvey
 from pyllamarun.machine.host import Cpu, Disk, Memory
+from pyllamarun.plan.probe import Device
 from pyllamarun.run import checkup
 from pyllamarun.run.binaries import Build
 from pyllamarun.units import GIB
@@ -77,6 +78,26 @@ def test_a_container_s_limit_counts() -> None:
     assert (ram.status, swap.status) == ("warning", "warning")
     assert "limited to 16.00 GiB by a cgroup" in ram.text
     assert "swapon" in swap.remedy
+
+
+def test_what_a_container_has_left_is_said() -> None:
+    memory = Memory(128 * GIB, 100 * GIB, 0, 0, limit_bytes=64 * GIB, left_bytes=40 * GIB)
+    assert "limited to 64.00 GiB by a cgroup, which leaves 40.00 GiB" in checkup.check_memory(memory)[0].text
+
+
+def test_a_divided_card_is_shown_as_one() -> None:
+    divided = replace(FOUNDING_GPU, is_divided=True)
+    assert "divided (MIG)" in checkup.check_gpus(GpuSurvey((divided,), "580", "13.0"), "cuda")[0].text
+
+
+def test_hidden_cards_are_a_warning() -> None:
+    survey = GpuSurvey((FOUNDING_GPU,), "580", "13.0")
+    (row,) = checkup.check_visible("-1", survey, [])
+    assert (row.status, row.text) == ("warning", "'-1' shows llama.cpp 0 of 1 cards")
+    assert "unset CUDA_VISIBLE_DEVICES" in row.remedy
+    seen = Device("CUDA0", "RTX 3060", "CUDA", "gpu", GIB, GIB)
+    assert checkup.check_visible("0", survey, [seen])[0].status == "ok"
+    assert checkup.check_visible(None, survey, []) == []
 
 
 @pytest.mark.parametrize("reported", ["", "deadbee"])
