@@ -194,8 +194,9 @@ class _Search:
         return best
 
     def _filled_at_once(self, division: Division, nothing: Placement) -> Placement | None:
-        """The fullest on a single GPU, with any matrices elsewhere, if it takes no more besides its tensors than a
-        model that is on the CPU: then no other layout is likely to take less, and none need be asked about."""
+        """The fullest on a single GPU, with any matrices elsewhere, where nothing that is worth asking about can be
+        better: it takes no more besides its tensors than a model on the CPU does, one more step would not fit even if
+        nothing were computed, and what it leaves behind of the last one is next to nothing."""
         if self._placed_by_user or len(self.gpus.limits) > 1:
             return None
         layout = self._room(self.gpus, division, nothing).divided(ANY_MATRIX)
@@ -204,8 +205,11 @@ class _Search:
         found = self._at(self.gpus, division, layout)
         if not found.fits or self._besides(self.gpus, found) > self._besides(self.gpus, nothing):
             return None
-        whole = replace(found, on_gpu=found.on_gpu - 1, left_behind=())
-        return found if self._cost(found).seconds < self._cost(whole).seconds else None
+        now, more = (sum(self._model(found).sizes(division, layout.on_gpu + one)) for one in (0, 1))
+        if layout.on_gpu < division.steps and more - now <= self._compute_bytes(found):
+            return None
+        whole = replace(found, left_behind=())
+        return found if self._cost(found).is_about(self._cost(whole)) else None
 
     def _whole(self, division: Division, nothing: Placement) -> Placement | None:
         """The most steps in whole layers: either one more was asked about, or there cannot be room for it."""

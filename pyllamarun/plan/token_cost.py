@@ -19,6 +19,7 @@ CPU = "CPU"
 FILLED = 0.5
 # A less plain division of a model has to be better by so much.
 CLEARLY = 0.95
+ABOUT = 1.005  # not worth another question
 
 # What kernels get of a card's bandwidth, and what each of them costs besides, with CUDA graphs.  Not fitted to the
 # tables of partial offload that the tests hold the model against, but to models wholly on a card; see docs/speed.md.
@@ -72,6 +73,9 @@ class TokenCost:
 
     def is_clearly_below(self, other: TokenCost) -> bool:
         return self.seconds < CLEARLY * other.seconds
+
+    def is_about(self, other: TokenCost) -> bool:
+        return self.seconds <= ABOUT * other.seconds
 
     @property
     def has_much_attention_on_cpu(self) -> bool:
