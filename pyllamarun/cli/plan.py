@@ -17,9 +17,16 @@ from pyllamarun.errors import UsageError
     "--compare", "axis", type=click.Choice(["quants", "ctx", "vram", "slots"]), default=None,
     help="Plans beside this one: with every requantization of the model, other contexts, budgets, or numbers of slots.",
 )  # fmt: skip
+@click.option(
+    "--plot", metavar="FILE.svg|png", default=None,
+    help="Draw it: VRAM by layer, and tokens a second by VRAM and by quantization; with --compare, along that axis.  "
+    "Takes matplotlib: pip install 'pyllamarun[plot]'.",
+)  # fmt: skip
 @as_json
 @dry_run
-def command(options: PlanOptions, save: str | None, axis: str | None, as_json: bool, dry_run: bool) -> None:
+def command(
+    options: PlanOptions, save: str | None, axis: str | None, plot: str | None, as_json: bool, dry_run: bool
+) -> None:
     """Says how many layers of MODEL go to the GPU within the VRAM budget, and what that takes, to the byte.
 
     MODEL is a path, the name of a model that is on this machine (`pyllamarun list`), hf:OWNER/REPO:Q4_K_M,
@@ -30,15 +37,21 @@ def command(options: PlanOptions, save: str | None, axis: str | None, as_json: b
     one_plan = dry_run or save is not None
     if axis is not None and one_plan:
         raise UsageError("--compare makes several plans; --save and --dry-run are for one.", remedy="Leave one out.")
+    if plot is not None:
+        from pathlib import Path
+
+        from pyllamarun.plan.plot import check_plot
+
+        check_plot(Path(plot).expanduser())
     if axis is not None:
         from pyllamarun.cli.comparing import print_comparison
 
-        print_comparison(options, axis, as_json=as_json)
-    elif not (options.model.startswith("hf:") and not one_plan and _printed_models(options, as_json)):
-        _print_plan(options, save, as_json=as_json, dry_run=dry_run)
+        print_comparison(options, axis, plot, as_json=as_json)
+    elif not (options.model.startswith("hf:") and not one_plan and _printed_models(options, plot, as_json)):
+        _print_plan(options, save, plot, as_json=as_json, dry_run=dry_run)
 
 
-def _printed_models(options: PlanOptions, as_json: bool) -> bool:
+def _printed_models(options: PlanOptions, plot: str | None, as_json: bool) -> bool:
     """Whether MODEL is a repository with several models, which were planned and compared."""
     from pyllamarun.models.network import repository
 
@@ -46,11 +59,11 @@ def _printed_models(options: PlanOptions, as_json: bool) -> bool:
     if len(models) > 1:
         from pyllamarun.cli.comparing import print_models
 
-        print_models(options, models, as_json=as_json)
+        print_models(options, models, plot, as_json=as_json)
     return len(models) > 1
 
 
-def _print_plan(options: PlanOptions, save: str | None, *, as_json: bool, dry_run: bool) -> None:
+def _print_plan(options: PlanOptions, save: str | None, plot: str | None, *, as_json: bool, dry_run: bool) -> None:
     from pathlib import Path
 
     from pyllamarun import output
@@ -61,6 +74,10 @@ def _print_plan(options: PlanOptions, save: str | None, *, as_json: bool, dry_ru
     with planned(options) as plan:
         line = plan.shell_line(plan.argv("llama-server"))
         envelope = plan.envelope()
+        if plot is not None:
+            from pyllamarun.cli.comparing import plot_plan
+
+            plot_plan(plan, options, Path(plot).expanduser())
     if save is not None:
         write_plan(Path(save).expanduser(), envelope)
     if as_json:
