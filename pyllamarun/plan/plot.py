@@ -86,7 +86,8 @@ def draw_layers(axes: Axes, plan: Plan, header: Header) -> None:
     axes.bar(layers, _gib(on_cpu), bottom=_gib(on_gpu), color=ON_CPU, label="weights in RAM")
     axes.set_xlabel(f"layer, the last ({len(on_gpu) - 1}) being the output")
     axes.set_ylabel("GiB a layer")
-    axes.margins(x=0.01, y=0.1)
+    axes.set_xlim(-1, plan.layers)
+    axes.set_ylim(0, 1.1 * max(map(sum, zip(on_gpu, on_cpu))) / GIB)
     axes.set_title(f"{printable(plan.model_name)}: {plan.gpu_layers} of {plan.layers} layers on the GPU")
     handles, labels = axes.get_legend_handles_labels()
     if plan.devices:
