@@ -14,6 +14,7 @@ from pyllamarun.errors import DoesNotFit, PyllamarunError
 from pyllamarun.models.quality import Quality, quality
 from pyllamarun.plan.plan import Plan
 from pyllamarun.plan.probe import Refused
+from pyllamarun.plan.residency import RESIDENT
 from pyllamarun.plan.variants import Variant
 
 USABLE = 2.0  # tokens a second
@@ -58,6 +59,14 @@ class Row:
     @property
     def fits(self) -> bool:
         return self.plan is not None
+
+    @property
+    def stays_in_memory(self) -> bool:
+        return self.plan is not None and self.plan.residency.verdict == RESIDENT
+
+    @property
+    def is_predicted(self) -> bool:
+        return self.low_tokens_per_second is not None
 
     @property
     def pace(self) -> float:
@@ -130,6 +139,12 @@ def _row(variant: Variant, plan: Plan) -> Row:
         from_disk=plan.speed.from_disk,
         plan=plan,
     )
+
+
+def pace_of(plan: Plan) -> float | None:
+    """Tokens a second for one request, between low and high; 0 where it is read from disk; None if not predicted."""
+    speed = getattr(plan, "speed", None)
+    return None if speed is None else _between(*_ends(speed.generation))
 
 
 def _ends(predicted: Any) -> tuple[float | None, float | None]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pyllamarun.models.quality import Quality
 from pyllamarun.output import printable, table
 from pyllamarun.plan.compare import Comparison, Row
-from pyllamarun.plan.residency import RESIDENT
 from pyllamarun.units import format_size
 
 Column = tuple[str, Callable[[Row], str]]
@@ -68,23 +67,20 @@ def _size(row: Row, size_bytes: int) -> str:
 
 
 def _ram(row: Row) -> str:
-    return _size(row, row.ram_bytes) + (NOT_RESIDENT if _leaves_memory(row) else " ")
-
-
-def _leaves_memory(row: Row) -> bool:
-    return row.plan is not None and row.plan.residency.verdict != RESIDENT
+    return _size(row, row.ram_bytes) + (NOT_RESIDENT if row.fits and not row.stays_in_memory else " ")
 
 
 def pace(row: Row) -> str:
     """Tokens a second, from low to high; "" where nothing is predicted."""
-    return FROM_DISK if row.from_disk else _range(row.low_tokens_per_second, row.high_tokens_per_second)
+    return FROM_DISK if row.from_disk else span(row.low_tokens_per_second, row.high_tokens_per_second)
 
 
 def total_pace(row: Row) -> str:
-    return _range(row.low_total_tokens_per_second, row.high_total_tokens_per_second)
+    return span(row.low_total_tokens_per_second, row.high_total_tokens_per_second)
 
 
-def _range(low: float | None, high: float | None) -> str:
+def span(low: float | None, high: float | None) -> str:
+    """ "1.2-1.6"; "" where there is nothing."""
     return "" if low is None or high is None else f"{_two_digits(low)}-{_two_digits(high)}"
 
 
@@ -104,7 +100,7 @@ def _legend(comparison: Comparison) -> list[str]:
         f"{AS_ASKED} as asked": any(row.is_current for row in comparison.rows),
         f"{RECOMMENDED} recommended": bool(comparison.recommended),
         f"{NOT_RESIDENT} more than memory has, so read from disk or swapped for every token": any(
-            map(_leaves_memory, comparison.rows)
+            row.fits and not row.stays_in_memory for row in comparison.rows
         ),
         f"{IMATRIX} with an importance matrix": any(one.imatrix for one in _qualities(comparison)),
     }
@@ -117,7 +113,7 @@ def _left_out(comparison: Comparison) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, reason in comparison.left_out:
         by_reason.setdefault(reason, []).append(printable(name))
-    return [f"Not shown, {printable(reason)}: {', '.join(names)}" for reason, names in by_reason.items()]
+    return [f"Left out, {printable(reason)}: {', '.join(names)}" for reason, names in by_reason.items()]
 
 
 def _qualities(comparison: Comparison) -> list[Quality]:
