@@ -12,7 +12,8 @@ from pyllamarun.plan.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout, Ro
 from pyllamarun.plan.limits import DEVICES, Limit
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Answer
-from pyllamarun.plan.request import Request, fixed_value, has_option
+from pyllamarun.plan.request import THROUGHPUT, Request, fixed_value, has_option
+from pyllamarun.plan.speed import TokenCost
 from pyllamarun.plan.spill import OVERRIDES, Division, Piece, divisions, overridden
 from pyllamarun.units import format_size
 
@@ -147,13 +148,16 @@ class _Search:
         chosen = nothing
         for division in divisions(self._request.passthrough, nothing.answer):
             if chosen is not nothing:
-                may_gain = division.name == "feed_forward" and chosen.cost(self._header).has_much_attention_on_cpu
+                may_gain = division.name == "feed_forward" and self._cost(chosen).has_much_attention_on_cpu
                 if not may_gain:
                     break  # experts' divisions come in the order of their merit
             found = self._filled(division, nothing)
-            if found and (chosen is nothing or found.cost(self._header).is_clearly_below(chosen.cost(self._header))):
+            if found and (chosen is nothing or self._cost(found).is_clearly_below(self._cost(chosen))):
                 chosen = found
         return self._without_idle_gpus(chosen)
+
+    def _cost(self, placement: Placement) -> TokenCost:
+        return placement.cost(self._header, self._request.slots if self._request.goal == THROUGHPUT else 1)
 
     def _without_idle_gpus(self, placement: Placement) -> Placement:
         """Without GPUs that got no layer, which would hold a context in vain."""
@@ -179,7 +183,7 @@ class _Search:
             return best
         for kinds in (BUT_ATTENTION, ANY_MATRIX):
             found = self._divided(self.gpus, division, best, kinds)
-            if found and found.cost(self._header).as_ram_bytes < best.cost(self._header).as_ram_bytes:
+            if found and self._cost(found).seconds < self._cost(best).seconds:
                 best = found
         return best
 
@@ -324,13 +328,23 @@ class _Search:
         moved: tuple[tuple[Piece, str], ...] = (),
     ) -> Placement:
         request = self._request
-        arguments = ["-m", str(self._header.path), "-c", str(request.context_tokens), "-np", str(request.slots), *where]
+        rpc = ["--rpc", request.rpc] if request.rpc else []
+        arguments = [
+            "-m",
+            str(self._header.path),
+            *rpc,
+            "-c",
+            str(request.context_tokens),
+            "-np",
+            str(request.slots),
+            *where,
+        ]
         arguments += self._overrides(left_behind, moved)
         if len(split) > 1:
             arguments += ["-ts", ",".join(map(str, split))]
         if gpus.named:
             arguments += ["-dev", ",".join(gpus.names)]
-        arguments += ["-fit", "off", *request.passthrough]
+        arguments += ["-fit", "off", *request.chosen, *request.passthrough]
         key = tuple(arguments)
         if key not in self._known:
             answer = self._ask(arguments)

@@ -40,8 +40,14 @@ class Placement:
         """How many of the first layers are on the CPU as a whole."""
         return max(0, self.answer.offloadable_layers - self.gpu_layers)
 
-    def cost(self, header: Header) -> TokenCost:
-        return token_cost(header, self.answer, self.holds)
+    def cost(self, header: Header, slots: int = 1) -> TokenCost:
+        """Of a step in which so many slots generate a token each."""
+        return token_cost(header, self.answer, self.holds, slots)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the model is on GPUs."""
+        return not self.layers_on_cpu and not self.left_behind and self.division.steps == self.on_gpu
 
     def holds(self, name: str) -> bool:
         """Whether a tensor is on a GPU."""

@@ -13,8 +13,9 @@ from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.output import printable
 from pyllamarun.plan import neighbours, residency
+from pyllamarun.plan.choose import choose
 from pyllamarun.plan.limits import Limit, resolve_limits
-from pyllamarun.plan.place import Ask, place
+from pyllamarun.plan.place import Ask
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import Request
@@ -70,7 +71,8 @@ class HostPlan:
 @dataclass(frozen=True)
 class Plan:
     """`division` is how the model is divided (plan/spill.py); `left_on_cpu`, what of offloaded layers stays behind;
-    `moved`, what is on another GPU than its layer, by that GPU."""
+    `moved`, what is on another GPU than its layer, by that GPU; `changes`, what was changed of the request, as allowed.
+    """
 
     model: str
     model_name: str
@@ -90,6 +92,7 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     host: HostPlan
     residency: Residency
+    changes: tuple[str, ...]
     warnings: tuple[str, ...]
 
     def of_model_at(self, path: Path) -> Plan:
@@ -117,9 +120,10 @@ def make_plan(
     """
     limits, ram = resolve_limits(request, devices), residency.ram_limit(request.ram, memory)
     try:
-        placement = place(header, request, limits, ask)
+        choice = choose(header, request, limits, ask)
     except DoesNotFit as error:
         raise neighbours.naming_neighbours(error, limits, survey) from None
+    request, placement = choice.request, choice.placement
     answer = placement.answer
     needs, more = residency.host_needs(placement, header, request, memory, ram)
     verdict = residency.judge(needs, ram)
@@ -144,6 +148,7 @@ def make_plan(
         devices=tuple(_device_plan(placement, limit) for limit in limits),
         host=_host_plan(placement),
         residency=verdict,
+        changes=choice.notes,
         warnings=(
             *neighbours.shortages(limits, survey),
             *_warnings(placement),

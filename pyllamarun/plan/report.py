@@ -24,6 +24,7 @@ def describe(plan: Plan, command_line: str, stage: str = "", screen: Screen = PL
     lines += [_host_table(plan), *_residency(plan.residency), ""]
     drawn = bars(plan, screen)
     lines += [*drawn, ""] if drawn else []
+    lines += [*plan.changes, *[""] * bool(plan.changes)]
     lines += [f"warning: {warning}" for warning in plan.warnings] + [""] * bool(plan.warnings)
     lines.append(command_line)
     return "\n".join(lines)
