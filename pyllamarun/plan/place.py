@@ -13,9 +13,9 @@ from pyllamarun.plan.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout, Ro
 from pyllamarun.plan.limits import DEVICES, Limit
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Answer
-from pyllamarun.plan.request import Request, fixed_value, has_option
+from pyllamarun.plan.request import THROUGHPUT, Request, fixed_value, has_option
 from pyllamarun.plan.spill import OVERRIDES, Division, Piece, divisions, overridden
-from pyllamarun.plan.token_cost import TokenCost
+from pyllamarun.plan.token_cost import TokenCost, use_of
 from pyllamarun.units import format_size
 
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
@@ -86,6 +86,7 @@ class _Search:
     ) -> None:
         self._header = header
         self._hardware = hardware
+        self._use = use_of(request, request.slots if request.goal == THROUGHPUT else 1)
         self._request = request
         self._limits = limits
         self._ask = ask
@@ -95,9 +96,6 @@ class _Search:
         self.gpus = _in_order(limits) if self.may_choose_gpus else _Gpus(limits, False)
         self._known: dict[tuple[str, ...], Placement] = {}
         self._layers: Layers | None = None
-
-    def _cost(self, placement: Placement) -> TokenCost:
-        return placement.cost(self._header, self._hardware)
 
     def as_asked(self, gpu_layers: str | None) -> Placement:
         """With the user's own -ngl, shared among GPUs so that it fits, if it can; or without any GPU."""
@@ -164,6 +162,9 @@ class _Search:
             if found and (chosen is nothing or self._cost(found).is_clearly_below(self._cost(chosen))):
                 chosen = found
         return self._without_idle_gpus(chosen)
+
+    def _cost(self, placement: Placement) -> TokenCost:
+        return placement.cost(self._header, self._hardware, self._use)
 
     def _without_idle_gpus(self, placement: Placement) -> Placement:
         """Without GPUs that got no layer, which would hold a context in vain."""
@@ -338,13 +339,23 @@ class _Search:
         moved: tuple[tuple[Piece, str], ...] = (),
     ) -> Placement:
         request = self._request
-        arguments = ["-m", str(self._header.path), "-c", str(request.context_tokens), "-np", str(request.slots), *where]
+        rpc = ["--rpc", request.rpc] if request.rpc else []
+        arguments = [
+            "-m",
+            str(self._header.path),
+            *rpc,
+            "-c",
+            str(request.context_tokens),
+            "-np",
+            str(request.slots),
+            *where,
+        ]
         arguments += self._overrides(left_behind, moved)
         if len(split) > 1:
             arguments += ["-ts", ",".join(map(str, split))]
         if gpus.named:
             arguments += ["-dev", ",".join(gpus.names)]
-        arguments += ["-fit", "off", *request.passthrough]
+        arguments += ["-fit", "off", *request.chosen, *request.passthrough]
         key = tuple(arguments)
         if key not in self._known:
             answer = self._ask(arguments)
