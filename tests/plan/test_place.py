@@ -98,6 +98,15 @@ def test_99_percent_of_the_budget_are_used(
     assert again.arguments == placement.arguments
 
 
+def test_a_layout_that_cannot_be_bettered_is_the_last_that_is_asked_about(
+    header_70b: Path, machine: Callable[..., Machine]
+) -> None:
+    wanted = Request(4096, budgets=(Budget("bytes", int(11.5 * GIB)),))
+    placement, questions = placed(machine(12288), header_70b, wanted, 12 * GIB)
+    assert questions == 2  # what a model on the CPU takes, and what this one does
+    assert placement.left_behind
+
+
 def test_experts_go_to_the_cpu_before_attention_does(tmp_path: Path, machine: Callable[..., Machine]) -> None:
     model = shapes.write(shapes.mixtral_8x7b(32), tmp_path / "m")
     placement, _ = placed(machine(12288), model, request(8 * GIB), 12 * GIB)
