@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from pyllamarun.errors import DownloadError, ModelError, PyllamarunError, UsageError
+from pyllamarun.errors import DoesNotFit, DownloadError, ModelError, PyllamarunError, UsageError
+from pyllamarun.machine.cards import Card, all_cards
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.hub import parse_name
 from pyllamarun.models.model import Model
@@ -17,14 +18,16 @@ from pyllamarun.models.names import quantization
 from pyllamarun.models.quantize import known_types
 from pyllamarun.models.requantize import UNQUANTIZED, Requantizations, requantizations
 from pyllamarun.models.sources import Source
+from pyllamarun.plan.advice import LADDER, advice_from, changes, larger_card, largest_usable
 from pyllamarun.plan.compare import Comparison, Row, recommend, rows_of
 from pyllamarun.plan.limits import resolve_limits
-from pyllamarun.plan.plan import Plan
+from pyllamarun.plan.plan import Advice, Plan
 from pyllamarun.plan.request import Request
 from pyllamarun.plan.variants import Variant, budgets, contexts, slot_counts
 from pyllamarun.planner import Planner
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import output_of, running
+from pyllamarun.units import format_size
 
 AXES = ("quants", "ctx", "vram", "slots")
 MAX_MODELS = 32  # of a repository; each takes a header over the network
@@ -89,15 +92,53 @@ def compare_models(
     return Comparison("models", repository, models[0][1].name, rows, recommended, reason, tuple(left_out))
 
 
-def requantized_models(planner: Planner, header: Header) -> Requantizations:
-    """What llama-quantize could make of a model: it is asked about each type that it knows."""
+def advise(planner: Planner, model: Model, request: Request, plan: Plan | None) -> tuple[Advice, ...]:
+    """What would help a plan, or where nothing fitted, None: each a plan that is made here, and a few at most.
+
+    Raises UsageError or BinaryError.
+    """
+    header = model.header
+    try:
+        asked, most = (resolve_limits(one, planner.devices) for one in (request, replace(request, budgets=())))
+    except DoesNotFit:  # the budget is more than the card has, and the error says what to do
+        return ()
+    rows = list(_planned(planner, changes(header, model.source.name, request, asked, most), lambda _: None))
+    found = requantized_models(planner, header, LADDER)
+    by_type = {variant.label: variant for variant in _quantizations(model, request, found)[1:]}
+
+    def with_type(name: str) -> Row:
+        label = f"{name} instead of {header.file_type or 'what it is'}"
+        return _planned(planner, [replace(by_type[name], label=label, type="quant")], lambda _: None)[0]
+
+    smaller = largest_usable(list(by_type), with_type)
+    card = larger_card(plan, header, asked, all_cards())
+    rows += [*([smaller] if smaller else []), *(_on_card(planner, model, request, card) if card else ())]
+    return advice_from(rows, plan)
+
+
+def _on_card(planner: Planner, model: Model, request: Request, card: Card) -> tuple[Row, ...]:
+    """The same on another card; () where the request is for those that are here."""
+    words = ("--gpu", card.short_name, "--virtual-gpu", "", "--vram", "")
+    label = f"{card.short_name}, {format_size(card.memory_bytes)}"
+    variant = Variant(label, model.header, replace(request, budgets=()), "card", model.source.name, words=words)
+    machine = replace(planner.machine, gpus=(card,))
+    try:
+        with Planner(machine, overhead_bytes=request.overhead_bytes) as other:
+            return _planned(other, [variant], lambda _: None)
+    except UsageError:
+        return ()
+
+
+def requantized_models(planner: Planner, header: Header, types: Sequence[str] | None = None) -> Requantizations:
+    """What llama-quantize could make of a model: it is asked about each of some types, or of all that it knows."""
     quantizer, variables = planner.binaries.path("llama-quantize"), environment(planner.binaries)
 
     def start(argv: Sequence[str]) -> AbstractContextManager[subprocess.Popen[str]]:
         return running(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    _, help_text = output_of([quantizer, "--help"], variables)
-    return requantizations(start, quantizer, planner.skeleton(header), header, known_types(help_text))
+    if types is None:
+        types = known_types(output_of([quantizer, "--help"], variables)[1])
+    return requantizations(start, quantizer, planner.skeleton(header), header, types)
 
 
 def _planned(planner: Planner, variants: Sequence[Variant], show: Show) -> tuple[Row, ...]:

@@ -4,39 +4,52 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from pyllamarun import output
 from pyllamarun.cli.options import PlanOptions
-from pyllamarun.cli.planning import wanted_machine, wanted_request
+from pyllamarun.cli.planning import Planned, wanted_machine, wanted_request
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.model import Model
 from pyllamarun.models.sources import Source
 from pyllamarun.plan.compare import Comparison
 from pyllamarun.plan.compare_report import describe_comparison
+from pyllamarun.plan.plot import write_plot
 from pyllamarun.planner import Planner
 from pyllamarun.whatif import compare, compare_models
 
 
-def print_comparison(options: PlanOptions, axis: str, *, as_json: bool) -> None:
+def print_comparison(options: PlanOptions, axis: str, plot: Path | None, *, as_json: bool) -> None:
     """Of the model with itself, one thing changed at a time.  Raises what planning raises."""
     request = wanted_request(options)
     model = Model.open(options.model)
     with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
         with output.status("comparing") as show:
             comparison = compare(planner, model, request, axis, show)
-        _print(comparison, options, planner, as_json=as_json)
+        _print(comparison, options, planner, plot, as_json=as_json)
 
 
-def print_models(options: PlanOptions, sources: Sequence[Source], *, as_json: bool) -> None:
+def print_models(options: PlanOptions, sources: Sequence[Source], plot: Path | None, *, as_json: bool) -> None:
     """Of a repository's models with each other."""
     request = wanted_request(options)
     with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
         with output.status("comparing") as show:
             comparison = compare_models(planner, sources, request, show)
-        _print(comparison, options, planner, as_json=as_json)
+        _print(comparison, options, planner, plot, as_json=as_json)
 
 
-def _print(comparison: Comparison, options: PlanOptions, planner: Planner, *, as_json: bool) -> None:
+def plot_plan(planned: Planned, options: PlanOptions, path: Path) -> None:
+    """The plan's layers, and how fast it would be with other budgets and other quantizations."""
+    request = wanted_request(options)
+    axes = ["vram"] * bool(planned.plan.devices) + ["quants"]
+    with output.status("comparing") as show:
+        comparisons = [compare(planned.planner, planned.model, request, axis, show) for axis in axes]
+    write_plot(path, comparisons, (planned.plan, planned.model.header))
+
+
+def _print(comparison: Comparison, options: PlanOptions, planner: Planner, plot: Path | None, *, as_json: bool) -> None:
+    if plot is not None:
+        write_plot(plot, [comparison])
     commands = _commands(comparison, options)
     if as_json:
         facts = {"stage": planner.stage.kind, "commands": commands}

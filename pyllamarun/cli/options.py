@@ -53,8 +53,13 @@ class PlanOptions:
     force: bool
     passthrough: tuple[str, ...]
 
-    def words(self, command: str, model: str, instead: tuple[str, ...] = ()) -> list[str]:
-        """What to type for a command with these options, some of them replaced: ("-c", "8192")."""
+    def words(
+        self, command: str, model: str, instead: tuple[str, ...] = (), arguments: tuple[str, ...] = ()
+    ) -> list[str]:
+        """What to type for a command with these options, some of them replaced: ("-c", "8192"), or with "" taken away.
+
+        `arguments` go to llama.cpp, beside those that were given.
+        """
         said: dict[str, Any] = {
             "--vram": self.vram, "--ram": self.ram, "-c": self.context, "--slots": self.slots,
             "--overhead": self.overhead, "--machine": self.machine.file, "--gpu": self.machine.gpu,
@@ -64,10 +69,11 @@ class PlanOptions:
         said |= dict(zip(instead[::2], instead[1::2]))
         words = ["pyllamarun", command, model]
         for option, value in said.items():
-            if value is not None and str(value) != str(DEFAULTS.get(option)):
+            if value not in (None, "") and str(value) != str(DEFAULTS.get(option)):
                 words += [option, str(value)]
         words += ["--force"] * self.force
-        return words + (["--", *self.passthrough] if self.passthrough else [])
+        passed_on = [*self.passthrough, *arguments]
+        return words + (["--", *passed_on] if passed_on else [])
 
 
 def machine(function: Function) -> Function:

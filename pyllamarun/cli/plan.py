@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from pyllamarun.cli.options import PlanOptions, as_json, dry_run, planning
 from pyllamarun.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyllamarun.cli.planning import Planned
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be done with the plan."""
+
+    save: str | None
+    plot: Path | None
+    advice: bool
+    explain: bool
+    as_json: bool
+    dry_run: bool
 
 
 @click.command(name="plan", short_help="Where a model goes and what it takes, to the byte.")
@@ -17,6 +36,15 @@ from pyllamarun.errors import UsageError
     "--compare", "axis", type=click.Choice(["quants", "ctx", "vram", "slots"]), default=None,
     help="Plans beside this one: with every requantization of the model, other contexts, budgets, or numbers of slots.",
 )  # fmt: skip
+@click.option(
+    "--plot", metavar="FILE.svg|png", type=click.Path(path_type=Path), default=None,
+    help="Draw it: VRAM by layer, and tokens a second by VRAM and by quantization; with --compare, along that axis.  "
+    "Takes matplotlib: pip install 'pyllamarun[plot]'.",
+)  # fmt: skip
+@click.option(
+    "--advice/--no-advice", default=True,
+    help="Whether to look for what would help a plan that is slow or does not stay in memory.  Default: yes.",
+)  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show what the predicted speed is made of.")
 @click.option(
     "--read-bandwidth", is_flag=True,
@@ -25,8 +53,8 @@ from pyllamarun.errors import UsageError
 @as_json
 @dry_run
 def command(
-    options: PlanOptions, save: str | None, axis: str | None, explain: bool, read_bandwidth: bool, as_json: bool,
-    dry_run: bool,
+    options: PlanOptions, axis: str | None, read_bandwidth: bool, save: str | None, plot: Path | None, advice: bool,
+    explain: bool, as_json: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Says how many layers of MODEL go to the GPU within the VRAM budget, and what that takes, to the byte.
 
@@ -35,22 +63,27 @@ def command(
     hf:OWNER/REPO all the models of a repository are planned, and one is recommended.
     llama.cpp itself is asked what it would allocate; nothing is loaded.
     """
+    wanted = Wanted(save, plot.expanduser() if plot else None, advice, explain, as_json, dry_run)
+    one_plan = dry_run or save is not None
+    if axis is not None and one_plan:
+        raise UsageError("--compare makes several plans; --save and --dry-run are for one.", remedy="Leave one out.")
+    if wanted.plot:
+        from pyllamarun.plan.plot import check_plot
+
+        check_plot(wanted.plot)
     if read_bandwidth:
         from pyllamarun.planner import read_bandwidth as measure
 
         measure()
-    one_plan = dry_run or save is not None
-    if axis is not None and one_plan:
-        raise UsageError("--compare makes several plans; --save and --dry-run are for one.", remedy="Leave one out.")
     if axis is not None:
         from pyllamarun.cli.comparing import print_comparison
 
-        print_comparison(options, axis, as_json=as_json)
-    elif not (options.model.startswith("hf:") and not one_plan and _printed_models(options, as_json)):
-        _print_plan(options, save, explain=explain, as_json=as_json, dry_run=dry_run)
+        print_comparison(options, axis, wanted.plot, as_json=as_json)
+    elif not (options.model.startswith("hf:") and not one_plan and _printed_models(options, wanted)):
+        _print_plan(options, wanted)
 
 
-def _printed_models(options: PlanOptions, as_json: bool) -> bool:
+def _printed_models(options: PlanOptions, wanted: Wanted) -> bool:
     """Whether MODEL is a repository with several models, which were planned and compared."""
     from pyllamarun.models.network import repository
 
@@ -58,28 +91,53 @@ def _printed_models(options: PlanOptions, as_json: bool) -> bool:
     if len(models) > 1:
         from pyllamarun.cli.comparing import print_models
 
-        print_models(options, models, as_json=as_json)
+        print_models(options, models, wanted.plot, as_json=wanted.as_json)
     return len(models) > 1
 
 
-def _print_plan(options: PlanOptions, save: str | None, *, explain: bool, as_json: bool, dry_run: bool) -> None:
-    from pathlib import Path
-
+def _print_plan(options: PlanOptions, wanted: Wanted) -> None:
+    """The plan as soon as there is one; what would help takes longer."""
     from pyllamarun import output
     from pyllamarun.cli.planning import planned
-    from pyllamarun.plan.report import describe
     from pyllamarun.plan.saved import write_plan
 
     with planned(options) as plan:
         line = plan.shell_line(plan.argv("llama-server"))
-        envelope = plan.envelope()
-    if save is not None:
-        write_plan(Path(save).expanduser(), envelope)
-    if as_json:
-        output.print_json(envelope)
-    elif dry_run:
-        output.print_text(line)
-    else:
-        output.print_text(describe(plan.plan, line, plan.stage.description, output.screen(), explain=explain))
-        if not plan.model.source.is_here:
-            output.print_text(f"The model is not on this machine yet: {plan.model.source.pull_command}")
+        if wanted.dry_run:
+            output.print_text(line)
+        elif not wanted.as_json:
+            _print_words(plan, line, wanted.explain)
+        if wanted.advice and not wanted.dry_run:
+            plan = _advised(plan, options, wanted.as_json)
+        if wanted.plot:
+            from pyllamarun.cli.comparing import plot_plan
+
+            plot_plan(plan, options, wanted.plot)
+    if wanted.save is not None:
+        write_plan(Path(wanted.save).expanduser(), plan.envelope())
+    if wanted.as_json:
+        output.print_json(plan.envelope())
+
+
+def _print_words(plan: Planned, line: str, explain: bool) -> None:
+    from pyllamarun import output
+    from pyllamarun.plan.report import describe
+
+    output.print_text(describe(plan.plan, line, plan.stage.description, output.screen(), explain=explain))
+    if not plan.model.source.is_here:
+        output.print_text(f"The model is not on this machine yet: {plan.model.source.pull_command}")
+
+
+def _advised(plan: Planned, options: PlanOptions, as_json: bool) -> Planned:
+    """With what would help it, where it needs help; printed, where that is not for a program."""
+    from pyllamarun.plan.advice import is_wanting
+
+    if not is_wanting(plan.plan):
+        return plan
+    from pyllamarun import output
+    from pyllamarun.cli.advising import advice_for, advice_lines
+
+    advice = advice_for(plan, options)
+    if advice and not as_json:
+        output.print_text("\n".join(["", *advice_lines(advice, options)]))
+    return replace(plan, plan=replace(plan.plan, advice=advice))

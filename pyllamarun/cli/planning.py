@@ -10,7 +10,7 @@ from typing import Any
 
 from pyllamarun import output
 from pyllamarun.cli.options import MachineOptions, PlanOptions
-from pyllamarun.errors import UsageError
+from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.machine import Machine
 from pyllamarun.models.model import Model
 from pyllamarun.models.sources import resolve
@@ -74,7 +74,12 @@ def planned(options: PlanOptions) -> Iterator[Planned]:
         source.check_here()
     with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
         model = Model(source, source.read_header())
-        plan = planner.plan(model, request)
+        try:
+            plan = planner.plan(model, request)
+        except DoesNotFit as error:
+            from pyllamarun.cli.advising import with_advice
+
+            raise with_advice(error, planner, model, request, options) from None
         planner.free_gpus()
         yield Planned(plan, model, planner)
 

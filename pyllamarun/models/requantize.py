@@ -78,7 +78,7 @@ def requantizations(
     """
     offered, left_out = [], []
     asked = [name for name in types if name not in ALIASES]
-    left_out += [LeftOut(name, "for models that were trained for it") for name in asked if name in SPECIAL]
+    left_out += [LeftOut(name, "meant for models that were trained in it") for name in asked if name in SPECIAL]
     asked = [name for name in asked if name not in SPECIAL and name not in (*UNQUANTIZED, header.file_type)]
     for type_name, process in _dry_runs(start, quantizer, skeleton, asked):
         try:
@@ -87,9 +87,9 @@ def requantizations(
             left_out.append(LeftOut(type_name, error.why or error.what))
             continue
         if forecast.needs_imatrix:
-            left_out.append(LeftOut(type_name, "needs an importance matrix"))
+            left_out.append(LeftOut(type_name, "made only with an importance matrix"))
         elif forecast.header.weights_bytes >= header.weights_bytes:
-            left_out.append(LeftOut(type_name, "is not smaller"))
+            left_out.append(LeftOut(type_name, "not smaller than the model"))
         else:
             offered.append(forecast)
     offered.sort(key=lambda one: -one.header.weights_bytes)

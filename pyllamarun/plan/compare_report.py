@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pyllamarun.models.quality import Quality
+from pyllamarun.models.quantize import loss_warning
 from pyllamarun.output import printable, table
 from pyllamarun.plan.compare import Comparison, Row
-from pyllamarun.plan.residency import RESIDENT
+from pyllamarun.plan.speed_report import span
 from pyllamarun.units import format_size
 
 Column = tuple[str, Callable[[Row], str]]
@@ -68,28 +69,16 @@ def _size(row: Row, size_bytes: int) -> str:
 
 
 def _ram(row: Row) -> str:
-    return _size(row, row.ram_bytes) + (NOT_RESIDENT if _leaves_memory(row) else " ")
-
-
-def _leaves_memory(row: Row) -> bool:
-    return row.plan is not None and row.plan.residency.verdict != RESIDENT
+    return _size(row, row.ram_bytes) + (NOT_RESIDENT if row.fits and not row.stays_in_memory else " ")
 
 
 def pace(row: Row) -> str:
-    """Tokens a second, from low to high; "" where nothing is predicted."""
-    return FROM_DISK if row.from_disk else _range(row.low_tokens_per_second, row.high_tokens_per_second)
+    """Tokens a second, from low to high; "" where it does not fit."""
+    return FROM_DISK if row.from_disk else span(row.generation) if row.generation else ""
 
 
 def total_pace(row: Row) -> str:
-    return _range(row.low_total_tokens_per_second, row.high_total_tokens_per_second)
-
-
-def _range(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{_two_digits(low)}-{_two_digits(high)}"
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    return span(row.throughput) if row.throughput else ""
 
 
 def perplexity(row: Row) -> str:
@@ -104,7 +93,7 @@ def _legend(comparison: Comparison) -> list[str]:
         f"{AS_ASKED} as asked": any(row.is_current for row in comparison.rows),
         f"{RECOMMENDED} recommended": bool(comparison.recommended),
         f"{NOT_RESIDENT} more than memory has, so read from disk or swapped for every token": any(
-            map(_leaves_memory, comparison.rows)
+            row.fits and not row.stays_in_memory for row in comparison.rows
         ),
         f"{IMATRIX} with an importance matrix": any(one.imatrix for one in _qualities(comparison)),
     }
@@ -117,7 +106,7 @@ def _left_out(comparison: Comparison) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, reason in comparison.left_out:
         by_reason.setdefault(reason, []).append(printable(name))
-    return [f"Not shown, {printable(reason)}: {', '.join(names)}" for reason, names in by_reason.items()]
+    return [f"Left out, {printable(reason)}: {', '.join(names)}" for reason, names in by_reason.items()]
 
 
 def _qualities(comparison: Comparison) -> list[Quality]:
@@ -136,4 +125,9 @@ def _recommendation(comparison: Comparison, commands: Sequence[str]) -> list[str
     if row is None:
         return [f"No recommendation: {comparison.reason}"]
     fast = f", {pace(row)} tok/s" if pace(row) else ""
-    return [f"Recommended: {printable(row.label)}{fast}: {comparison.reason}.", *(f"  {line}" for line in commands)]
+    if comparison.axis == "slots" and total_pace(row):
+        fast = f", {total_pace(row)} tok/s together"
+    lines = [f"Recommended: {printable(row.label)}{fast}: {comparison.reason}."]
+    if comparison.axis in OF_QUALITY and loss_warning(row.type):
+        lines.append(loss_warning(row.type))
+    return lines + [f"  {line}" for line in commands]

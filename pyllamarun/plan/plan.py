@@ -20,7 +20,7 @@ from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import DEFAULT_UBATCH_TOKENS, Request, fixed_value
 from pyllamarun.plan.residency import Residency
-from pyllamarun.plan.speed import Speed, predict
+from pyllamarun.plan.speed import Range, Speed, predict
 from pyllamarun.plan.token_cost import Use
 
 THREADS = ("-t", "--threads")
@@ -77,6 +77,28 @@ class HostPlan:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """A change that would help, and what the plan with it gives, made in the same call.
+
+    `kind` is quant, context, kv_cache, vram or card.  To type for it: `source` for the model, `words` in place of the
+    options that were given, where "" takes one away, `arguments` after `--`, and `command` before all that, if any.
+    """
+
+    kind: str
+    change: str
+    source: str
+    words: tuple[str, ...]
+    arguments: tuple[str, ...]
+    command: str
+    gpu_layers: int
+    layers: int
+    vram_bytes: int
+    ram_bytes: int
+    stays_in_memory: bool
+    generation: Range | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """`division` is how the model is divided (plan/spill.py); `left_on_cpu`, what of offloaded layers stays behind;
     `moved`, what is on another GPU than its layer, by that GPU."""
@@ -101,6 +123,7 @@ class Plan:
     residency: Residency
     speed: Speed
     warnings: tuple[str, ...]
+    advice: tuple[Advice, ...] = ()
 
     def of_model_at(self, path: Path) -> Plan:
         """The same plan of the same model in another place."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pyllamarun.output import PLAIN_SCREEN, Screen, table
 from pyllamarun.plan.bars import bars
-from pyllamarun.plan.plan import DevicePlan, Plan
+from pyllamarun.plan.plan import Advice, DevicePlan, Plan
 from pyllamarun.plan.residency import RESIDENT, Residency
-from pyllamarun.plan.speed_report import describe_speed, explain_speed
+from pyllamarun.plan.speed_report import describe_speed, explain_speed, span
 from pyllamarun.units import format_size
 
 
@@ -113,3 +115,15 @@ def _residency(residency: Residency) -> list[str]:
     if residency.verdict != RESIDENT:
         return []
     return [f"All of it stays in memory: {format_size(residency.limit_bytes)} are there."]
+
+
+def describe_advice(advice: Sequence[Advice], commands: Sequence[str]) -> list[str]:
+    """Each with its plan in short, and what to type for it."""
+    lines = []
+    for one, command in zip(advice, commands):
+        facts = [f"{one.gpu_layers} of {one.layers} layers on the GPU", f"{format_size(one.vram_bytes)} of VRAM"]
+        facts.append(f"{format_size(one.ram_bytes)} of RAM" + ("" if one.stays_in_memory else ", more than memory has"))
+        if one.generation:
+            facts.insert(0, f"{span(one.generation)} tok/s")
+        lines += [f"  {one.change}: {', '.join(facts)}", f"    {command}"]
+    return ["What would help, by a plan for each:", *lines] if lines else []

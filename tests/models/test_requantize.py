@@ -90,9 +90,9 @@ def test_only_what_is_smaller_and_needs_no_more_is_offered(
     assert [one.type for one in found.offered][-3:] == ["IQ3_S", "Q3_K_S", "Q2_K"]
     assert all(one.header.weights_bytes < header.weights_bytes for one in found.offered)
     reasons = {one.type: one.reason for one in found.left_out}
-    assert reasons["IQ2_XXS"] == reasons["Q2_K_S"] == "needs an importance matrix"
-    assert reasons["Q8_0"] == reasons["Q5_K_M"] == "is not smaller"
-    assert "trained for" in reasons["TQ1_0"]
+    assert reasons["IQ2_XXS"] == reasons["Q2_K_S"] == "made only with an importance matrix"
+    assert reasons["Q8_0"] == reasons["Q5_K_M"] == "not smaller than the model"
+    assert "trained in" in reasons["TQ1_0"]
     offered = {one.type for one in found.offered}
     assert not offered & ({"Q4_K_M", "Q4_K", "F16"} | reasons.keys())
 

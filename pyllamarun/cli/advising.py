@@ -1,0 +1,41 @@
+"""What would help a plan, and what to type for it.  Imported only where a plan needs help."""
+
+from __future__ import annotations
+
+import shlex
+
+from pyllamarun import output
+from pyllamarun.cli.options import PlanOptions
+from pyllamarun.cli.planning import Planned, wanted_request
+from pyllamarun.errors import DoesNotFit
+from pyllamarun.models.model import Model
+from pyllamarun.plan.plan import Advice
+from pyllamarun.plan.report import describe_advice
+from pyllamarun.plan.request import Request
+from pyllamarun.planner import Planner
+from pyllamarun.whatif import advise
+
+
+def advice_for(planned: Planned, options: PlanOptions) -> tuple[Advice, ...]:
+    """What would help a plan."""
+    with output.status("looking for what would help"):
+        return advise(planned.planner, planned.model, wanted_request(options), planned.plan)
+
+
+def with_advice(
+    error: DoesNotFit, planner: Planner, model: Model, request: Request, options: PlanOptions
+) -> DoesNotFit:
+    """The error, with what would fit instead."""
+    with output.status("looking for what would fit"):
+        advice = advise(planner, model, request, None)
+    remedy = "\n".join([error.remedy, *advice_lines(advice, options)])
+    return DoesNotFit(error.what, why=error.why, remedy=remedy)
+
+
+def advice_lines(advice: tuple[Advice, ...], options: PlanOptions) -> list[str]:
+    return describe_advice(advice, [_command(one, options) for one in advice])
+
+
+def _command(advice: Advice, options: PlanOptions) -> str:
+    plan = shlex.join(options.words("plan", advice.source, advice.words, advice.arguments))
+    return f"{advice.command} && {plan}" if advice.command else plan
