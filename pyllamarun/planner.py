@@ -50,11 +50,15 @@ class Planner:
 
     The probe holds a CUDA context on each card; `free_gpus` ends it, before a plan is carried out.
 
-    `overhead_bytes` is what a process holds on each GPU besides llama.cpp's buffers; None: assumed.
+    `overhead_bytes` is what a process holds on each GPU besides llama.cpp's buffers; None: assumed.  `host` is how fast
+    RAM and CPU are, where that is known; None: as measured, described or assumed.
     """
 
-    def __init__(self, machine: Machine = HERE, *, overhead_bytes: int | None = None) -> None:
+    def __init__(
+        self, machine: Machine = HERE, *, overhead_bytes: int | None = None, host: HostRates | None = None
+    ) -> None:
         self.machine = machine
+        self._host = host
         self.binaries: Binaries = find_binaries()
         self._overhead_bytes = overhead_bytes
         self._stack = ExitStack()
@@ -109,7 +113,7 @@ class Planner:
         """How fast its parts are.  NVML is asked about cards that are not in the table only: it takes time."""
         cards = self.stage.cards
         asked = self.stage.kind == REAL and bool(self.devices) and not all(cards)
-        return hardware_of(self.devices, cards, self._survey.gpus if asked else (), self._host_rates())
+        return hardware_of(self.devices, cards, self._survey.gpus if asked else (), self._host or self._host_rates())
 
     def _host_rates(self) -> HostRates:
         """Measured, where that was done on this machine; as the machine is described; or assumed."""

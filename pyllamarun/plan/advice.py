@@ -23,6 +23,7 @@ CACHE_TYPES = ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v")
 SMALLER_CACHE = ("-ctk", "q8_0", "-ctv", "q8_0")
 LADDER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")  # that people requantize to, the largest first
 CONSUMER = r"NVIDIA GeForce RTX \d+( Ti)?( SUPER)?"  # on sale everywhere, for desktops
+RAM_SIZES_GIB = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WORTHWHILE = 1.05
 
 
@@ -71,22 +72,30 @@ def larger_card(plan: Plan | None, header: Header, asked: Sequence[Limit], cards
     return next((card for card in larger if _usable_bytes(card) >= needed), larger[-1] if larger else None)
 
 
+def more_ram(plan: Plan) -> int | None:
+    """A usual size of RAM that holds what the plan puts there, and a tenth more; None where what there is does."""
+    if plan.residency.verdict == RESIDENT:
+        return None
+    return next((size * GIB for size in RAM_SIZES_GIB if size * GIB >= 1.1 * plan.host.total_bytes), None)
+
+
 def _usable_bytes(card: Card) -> int:
     return card.memory_bytes - card.reserved_bytes
 
 
-def largest_usable(types: Sequence[str], planned: Callable[[str], Row]) -> Row | None:
-    """Of types, the largest first, the row of the first that is usable, or of the last; asks about few of them."""
-    found: dict[str, Row] = {}
+def down_to_usable(types: Sequence[str], planned: Callable[[str], Row]) -> list[Row]:
+    """Of types, the largest first, the row of the first that is usable, or of the last, and those before it that were
+    asked about on the way: few are, as smaller ones are faster."""
+    rows: dict[int, Row] = {}
     first, last = 0, len(types) - 1
     while first <= last:
         middle = (first + last) // 2
-        row = found[types[middle]] = planned(types[middle])
-        if row.fits and row.stays_in_memory and row.pace >= USABLE:
+        row = rows[middle] = planned(types[middle])
+        if row.stays_in_memory and row.pace >= USABLE:
             last = middle - 1
         else:
             first = middle + 1
-    return found.get(types[first] if first < len(types) else types[-1]) if types else None
+    return [rows[place] for place in sorted(rows) if place <= first]
 
 
 def advice_from(rows: Iterable[Row], plan: Plan | None) -> tuple[Advice, ...]:

@@ -80,8 +80,8 @@ class HostPlan:
 class Advice:
     """A change that would help, and what the plan with it gives, made in the same call.
 
-    `kind` is quant, context, kv_cache, vram or card.  To type for it: `source` for the model, `words` in place of the
-    options that were given, where "" takes one away, `arguments` after `--`, and `command` before all that, if any.
+    `kind` is quant, context, kv_cache, vram, ram or card.  To type for it: `source` for the model, `words` in place of
+    the options that were given, where "" takes one away, `arguments` after `--`, and `command` before all that, if any.
     """
 
     kind: str

@@ -15,7 +15,7 @@ from harness import run_cli
 from pyllamarun import Machine, Model, Plan, Planner
 from pyllamarun.machine.cards import all_cards
 from pyllamarun.models.gguf import read_header
-from pyllamarun.plan.advice import advice_from, is_wanting, larger_card, largest_usable
+from pyllamarun.plan.advice import advice_from, down_to_usable, is_wanting, larger_card
 from pyllamarun.plan.compare import Row, rows_of
 from pyllamarun.plan.limits import resolve_limits
 from pyllamarun.plan.request import make_request
@@ -35,11 +35,12 @@ def test_every_advice_is_a_plan_that_can_be_had(header_70b: Path) -> None:
     asked = data_of("plan", header_70b, *options)
     assert asked["residency"]["verdict"] == "reread"
     found = {one["kind"]: one for one in asked["advice"]}
-    assert set(found) == {"quant", "context", "kv_cache", "vram", "card"}
+    assert set(found) == {"quant", "context", "kv_cache", "vram", "ram", "card"}
     best = asked["advice"][0]
     assert best["stays_in_memory"]
     typed = {
         "context": [*options, "-c", "2048"],
+        "ram": ["--virtual-gpu", "12GiB", "--vram", "11GiB", "--ram", "48GiB"],
         "vram": ["--virtual-gpu", "12GiB", "--ram", "25GiB"],
         "kv_cache": [*options, "--", "-ctk", "q8_0", "-ctv", "q8_0"],
     }
@@ -92,11 +93,11 @@ def test_the_largest_usable_type_is_found_in_few_plans(usable: int, row: Callabl
         asked.append(name)
         return row(name, 3.0 if types.index(name) >= usable else 1.0)
 
-    found = largest_usable(types, planned)
-    assert found is not None
-    assert found.label == types[min(usable, 5)]
+    found = down_to_usable(types, planned)
+    assert found[-1].label == types[min(usable, 5)]
+    assert [one.label for one in found] == sorted(name for name in asked if name <= found[-1].label)
     assert len(asked) <= 3
-    assert largest_usable([], planned) is None
+    assert down_to_usable([], planned) == []
 
 
 def test_only_what_is_clearly_better_is_advised(plan: Plan, row: Callable[..., Row]) -> None:
