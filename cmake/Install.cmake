@@ -1,11 +1,11 @@
 # What the wheel holds: the programs, the libraries they need, and build.json, all in pyllamarun/bin.
 
 set(programs
-  llama-cli llama-server llama-quantize llama-bench llama-perplexity llama-imatrix llama-gguf-split
+  llama-cli llama-server llama-quantize llama-bench llama-perplexity llama-imatrix llama-gguf-split llama-fit-params
   ggml-rpc-server pyllamarun-probe)
 set(libraries
   ggml ggml-base llama llama-common mtmd
-  llama-cli-impl llama-server-impl llama-quantize-impl llama-bench-impl llama-perplexity-impl
+  llama-cli-impl llama-server-impl llama-quantize-impl llama-bench-impl llama-perplexity-impl llama-fit-params-impl
   ggml-rpc ggml-virtual hollow-cpu)
 if(PYLLAMARUN_PORTABLE)
   get_property(cpu_variants DIRECTORY "${LLAMA_CPP_DIR}/ggml/src" PROPERTY BUILDSYSTEM_TARGETS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,18 +31,29 @@ from pyllamarun.output import printable
 from pyllamarun.plan.hardware import Hardware, hardware_of
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused
-from pyllamarun.plan.request import Budget, Request, make_request
+from pyllamarun.plan.request import RPC, Budget, Request, fixed_value, has_option, make_request
 from pyllamarun.plan.saved import confirm
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import output_of
 from pyllamarun.run.rehearsed import Rehearsals
-from pyllamarun.run.stage import CARDS, REAL, Stage, open_probe, open_stage, survey_stage
+from pyllamarun.run.stage import CARDS, REAL, Stage, list_rpc_devices, open_probe, open_stage, survey_stage
 
 # Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.
 NEEDS_VOCABULARY = ("-bs", "--backend-sampling")
 UNKNOWN_ARCHITECTURE = "unknown model architecture"  # llama_model_create
 NEIGHBOUR_SECONDS = 2.0  # for the driver to say who holds memory; a plan does without
+
+
+# What the shapes in a graph depend on besides the model.
+ABOUT_SHAPES = (
+    RPC,
+    ("-c",),
+    ("-np",),
+    ("-ub", "--ubatch-size"),
+    ("-ctk", "--cache-type-k"),
+    ("-ctv", "--cache-type-v"),
+)
 
 
 class Planner:
@@ -65,6 +76,8 @@ class Planner:
         self._probing = ExitStack()
         self._probe: Probe | None = None
         self._probe_knows_cards = False
+        self._rpc_devices: dict[str, tuple[Device, ...]] = {}
+        self._rpc_probe: tuple[Sequence[str | None], Probe] | None = None
         self._skeletons: list[tuple[Header, Path]] = []
 
     def __enter__(self) -> Planner:
@@ -86,6 +99,14 @@ class Planner:
         """The GPUs that llama.cpp sees."""
         return self._running_probe().devices()
 
+    def devices_of(self, rpc: str) -> tuple[Device, ...]:
+        """These with those of RPC servers before them, as llama.cpp has them."""
+        if not rpc:
+            return self.devices
+        if rpc not in self._rpc_devices:
+            self._rpc_devices[rpc] = list_rpc_devices(self.binaries, self._stage, rpc)
+        return (*self._rpc_devices[rpc], *self.devices)
+
     @functools.cached_property
     def stage(self) -> Stage:
         """What llama.cpp's programs run on, its cards known."""
@@ -97,7 +118,7 @@ class Planner:
     def free_gpus(self) -> None:
         """Ends the probe; the next plan starts it again."""
         self._probing.close()
-        self._probe = None
+        self._probe = self._rpc_probe = None
 
     def memory(self, ram: Budget | None = None) -> Memory:
         """Host memory of the machine: as it was described, or by --ram alone where it is not here; else this one's."""
@@ -126,11 +147,12 @@ class Planner:
     def plan(self, model: Model, request: Request) -> Plan:
         """Raises DoesNotFit, UsageError, Refused or BinaryError."""
         memory, ask = self.memory(request.ram), self._ask(model.header)
-        return make_plan(model.header, request, self.devices, memory, ask, self.hardware, lambda: self._survey)
+        devices, hardware = self.devices_of(request.rpc), self.hardware
+        return make_plan(model.header, request, devices, memory, ask, hardware, lambda: self._survey)
 
     def confirm(self, model: Model, plan: Plan) -> None:
         """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in plan/saved.py."""
-        devices = self.devices  # as they are without a probe on them
+        devices = self.devices_of(fixed_value(plan.argv, *RPC) or "")  # as they are without a probe on them
         confirm(plan, self._ask(model.header)(plan.argv[1:]), devices)
 
     @functools.cached_property
@@ -151,11 +173,28 @@ class Planner:
         return self._probe or self._start_probe()
 
     def _ask(self, header: Header) -> _Questions:
-        probe, cards = self._running_probe(), self.stage.environment.get(CARDS)
-        if not self._probe_knows_cards and cards is not None:
-            probe.tell_cards(cards)
-        self._probe_knows_cards = True
-        return _Questions(probe, header, self.skeleton(header), self.rehearsals(header))
+        return _Questions(self._probe_for, header, self.skeleton(header), self.rehearsals(header))
+
+    def _probe_for(self, arguments: Sequence[str]) -> Probe:
+        """The probe that can answer: with RPC servers it is another, and a new one wherever more than places changes.
+
+        ggml-rpc remembers how much room an operation takes by the shape of its result alone, not of its sources
+        (ggml_backend_rpc_buffer_type_get_alloc_size): so also for another context than it was asked about.
+        """
+        cards = self.stage.environment.get(CARDS)
+        if not has_option(arguments, *RPC):
+            probe = self._running_probe()
+            if not self._probe_knows_cards and cards is not None:
+                probe.tell_cards(cards)
+            self._probe_knows_cards = True
+            return probe
+        about = [fixed_value(arguments, *names) for names in ABOUT_SHAPES]
+        if self._rpc_probe is None or self._rpc_probe[0] != about:
+            probe = self._probing.enter_context(open_probe(self.binaries, self.stage))
+            if self.stage.kind == REAL and cards is not None:
+                probe.tell_cards(cards)
+            self._rpc_probe = about, probe
+        return self._rpc_probe[1]
 
     def skeleton(self, header: Header) -> Path:
         """The model's skeleton, which is there as long as the planner."""
@@ -170,8 +209,10 @@ class Planner:
 class _Questions:
     """Asks the probe about a model by its skeleton, and takes into account what rehearsals of it have shown."""
 
-    def __init__(self, probe: Probe, header: Header, skeleton: Path, rehearsals: Rehearsals) -> None:
-        self._probe, self._rehearsals = probe, rehearsals
+    def __init__(
+        self, probe_for: Callable[[Sequence[str]], Probe], header: Header, skeleton: Path, rehearsals: Rehearsals
+    ) -> None:
+        self._probe_for, self._rehearsals = probe_for, rehearsals
         self._model, self._architecture, self._skeleton = str(header.path), header.architecture, str(skeleton)
 
     def __call__(self, arguments: Sequence[str]) -> Answer:
@@ -179,9 +220,9 @@ class _Questions:
 
     def _answer(self, arguments: Sequence[str]) -> Answer:
         if any(argument in NEEDS_VOCABULARY for argument in arguments):
-            return self._probe.ask(arguments)
+            return self._probe_for(arguments).ask(arguments)
         try:
-            return self._probe.ask(["-m", self._skeleton, *arguments[2:]])
+            return self._probe_for(arguments).ask(["-m", self._skeleton, *arguments[2:]])
         except Refused as error:
             what, why = (text.replace(self._skeleton, self._model) for text in (error.what, error.why))
             if UNKNOWN_ARCHITECTURE in why and self._model in what:

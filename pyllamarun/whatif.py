@@ -57,12 +57,11 @@ def compare(planner: Planner, model: Model, request: Request, axis: str, show: S
         variants = slot_counts(header, source, request)
         notes = (f"Each slot has {-(-request.context_tokens // request.slots):,} tokens of context.",)
     elif axis == "vram":
-        asked = resolve_limits(request, planner.devices)
+        devices = planner.devices_of(request.rpc)
+        asked = resolve_limits(request, devices)
         if not asked:
             raise UsageError("There is no GPU to compare budgets of.", remedy="Name one: --gpu 'RTX 3060'.")
-        variants = budgets(
-            header, source, request, asked, resolve_limits(replace(request, budgets=()), planner.devices)
-        )
+        variants = budgets(header, source, request, asked, resolve_limits(replace(request, budgets=()), devices))
     else:
         raise UsageError(f'"{axis}" cannot be compared.', remedy="Name one of these: " + ", ".join(AXES))
     rows = _planned(planner, variants, show)

@@ -19,7 +19,7 @@ from pyllamarun.planner import Planner
 from pyllamarun.whatif import compare, compare_models
 
 
-def print_comparison(options: PlanOptions, axis: str, plot: Path | None, *, as_json: bool) -> None:
+def print_comparison(options: PlanOptions, axis: str, plot: str | None, *, as_json: bool) -> None:
     """Of the model with itself, one thing changed at a time.  Raises what planning raises."""
     request = wanted_request(options)
     model = Model.open(options.model)
@@ -29,7 +29,7 @@ def print_comparison(options: PlanOptions, axis: str, plot: Path | None, *, as_j
         _print(comparison, options, planner, plot, as_json=as_json)
 
 
-def print_models(options: PlanOptions, sources: Sequence[Source], plot: Path | None, *, as_json: bool) -> None:
+def print_models(options: PlanOptions, sources: Sequence[Source], plot: str | None, *, as_json: bool) -> None:
     """Of a repository's models with each other."""
     request = wanted_request(options)
     with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
@@ -47,9 +47,9 @@ def plot_plan(planned: Planned, options: PlanOptions, path: Path) -> None:
     write_plot(path, comparisons, (planned.plan, planned.model.header))
 
 
-def _print(comparison: Comparison, options: PlanOptions, planner: Planner, plot: Path | None, *, as_json: bool) -> None:
+def _print(comparison: Comparison, options: PlanOptions, planner: Planner, plot: str | None, *, as_json: bool) -> None:
     if plot is not None:
-        write_plot(plot, [comparison])
+        write_plot(Path(plot).expanduser(), [comparison])
     commands = _commands(comparison, options)
     if as_json:
         facts = {"stage": planner.stage.kind, "commands": commands}

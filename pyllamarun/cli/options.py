@@ -14,14 +14,16 @@ from pyllamarun.errors import UsageError
 
 Function = Callable[..., Any]
 
+GOALS = ("latency", "throughput")  # plan/request.py's, which is not loaded for --help
+
 # What a saved plan has settled.
 SETTLED = ("model", "passthrough", "vram", "ram", "context", "slots", "overhead", "machine_file", "gpu", "virtual_gpu",
-           "ram_bandwidth", "cores", "force")  # fmt: skip
+           "ram_bandwidth", "cores", "allow", "goal", "rpc", "force")  # fmt: skip
 
 # llama.cpp's arguments that have their own place on our command line.
 OURS = ("-m", "--model", "-c", "--ctx-size", "-np", "--parallel", "--host", "--port", "-p", "--prompt", "-fit", "--fit")
 
-DEFAULTS = {"-c": 4096, "--slots": 1}
+DEFAULTS = {"-c": 4096, "--goal": "latency"}
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the llama.cpp command line and do nothing.")
@@ -48,8 +50,11 @@ class PlanOptions:
     vram: str | None
     ram: str | None
     context: int
-    slots: int
+    slots: int | None
     overhead: str | None
+    allow: str | None
+    goal: str
+    rpc: str | None
     force: bool
     passthrough: tuple[str, ...]
 
@@ -62,7 +67,8 @@ class PlanOptions:
         """
         said: dict[str, Any] = {
             "--vram": self.vram, "--ram": self.ram, "-c": self.context, "--slots": self.slots,
-            "--overhead": self.overhead, "--machine": self.machine.file, "--gpu": self.machine.gpu,
+            "--overhead": self.overhead, "--allow": self.allow, "--goal": self.goal, "--rpc": self.rpc,
+            "--machine": self.machine.file, "--gpu": self.machine.gpu,
             "--virtual-gpu": self.machine.virtual_gpu, "--ram-bandwidth": self.machine.ram_bandwidth,
             "--cores": self.machine.cores,
         }  # fmt: skip
@@ -127,12 +133,23 @@ def planning(function: Function) -> Function:
         help="Context, shared by the slots.",
     )  # fmt: skip
     @click.option(
-        "--slots",
-        type=click.IntRange(min=1),
-        default=DEFAULTS["--slots"],
-        show_default=True,
-        help="Requests served at once.",
-    )
+        "--slots", type=click.IntRange(min=1), default=None,
+        help="Requests served at once.  Default: 1; with --goal throughput, as many as generate most together.",
+    )  # fmt: skip
+    @click.option(
+        "--goal", type=click.Choice(GOALS), default=DEFAULTS["--goal"], show_default=True,
+        help="The least time a token for one request, or the most tokens a second for all slots together.",
+    )  # fmt: skip
+    @click.option(
+        "--allow", metavar="WHAT[,WHAT]", default=None,
+        help="What may be changed where that gains clearly: kv (a KV cache in q8_0 or q4_0), ub (other ubatches), ctx "
+        "(half of the context, as often as need be).",
+    )  # fmt: skip
+    @click.option(
+        "--rpc", metavar="HOST:PORT[,HOST:PORT]", default=None,
+        help="GPUs of other machines, where ggml-rpc-server runs: they count as GPUs before this machine's own, also "
+        "in the order of --vram.  In a network that you trust only.",
+    )  # fmt: skip
     @click.option(
         "--overhead", metavar="SIZE", default=None,
         help="What the process holds on each GPU besides llama.cpp's buffers.  Default: a CUDA context, assumed to be "
@@ -147,7 +164,8 @@ def planning(function: Function) -> Function:
     @functools.wraps(function)
     def wrapper(
         model: str | None, plan_file: str | None, passthrough: tuple[str, ...], machine: MachineOptions,
-        vram: str | None, ram: str | None, context: int, slots: int, overhead: str | None, force: bool, **others: Any,
+        vram: str | None, ram: str | None, context: int, slots: int | None, goal: str, allow: str | None,
+        rpc: str | None, overhead: str | None, force: bool, **others: Any,
     ) -> Any:  # fmt: skip
         if plan_file is not None:
             _check_alone()
@@ -164,7 +182,9 @@ def planning(function: Function) -> Function:
                     f"{word} cannot stand after `--`.",
                     remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
                 )
-        options = PlanOptions(model or "", plan_file, machine, vram, ram, context, slots, overhead, force, passthrough)
+        options = PlanOptions(
+            model or "", plan_file, machine, vram, ram, context, slots, overhead, allow, goal, rpc, force, passthrough
+        )
         return function(options=options, **others)
 
     return wrapper

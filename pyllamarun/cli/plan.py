@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,11 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is to be done with the plan."""
+class Shown:
+    """What is wanted of a plan."""
 
     save: str | None
-    plot: Path | None
+    plot: str | None
     advice: bool
     explain: bool
     as_json: bool
@@ -37,7 +36,7 @@ class Wanted:
     help="Plans beside this one: with every requantization of the model, other contexts, budgets, or numbers of slots.",
 )  # fmt: skip
 @click.option(
-    "--plot", metavar="FILE.svg|png", type=click.Path(path_type=Path), default=None,
+    "--plot", metavar="FILE.svg|png", default=None,
     help="Draw it: VRAM by layer, and tokens a second by VRAM and by quantization; with --compare, along that axis.  "
     "Takes matplotlib: pip install 'pyllamarun[plot]'.",
 )  # fmt: skip
@@ -52,10 +51,7 @@ class Wanted:
 )  # fmt: skip
 @as_json
 @dry_run
-def command(
-    options: PlanOptions, axis: str | None, read_bandwidth: bool, save: str | None, plot: Path | None, advice: bool,
-    explain: bool, as_json: bool, dry_run: bool,
-) -> None:  # fmt: skip
+def command(options: PlanOptions, axis: str | None, read_bandwidth: bool, **wanted: Any) -> None:
     """Says how many layers of MODEL go to the GPU within the VRAM budget, and what that takes, to the byte.
 
     MODEL is a path, the name of a model that is on this machine (`pyllamarun list`), hf:OWNER/REPO:Q4_K_M,
@@ -63,14 +59,20 @@ def command(
     hf:OWNER/REPO all the models of a repository are planned, and one is recommended.
     llama.cpp itself is asked what it would allocate; nothing is loaded.
     """
-    wanted = Wanted(save, plot.expanduser() if plot else None, advice, explain, as_json, dry_run)
-    one_plan = dry_run or save is not None
+    shown = Shown(**wanted)
+    one_plan = shown.dry_run or shown.save is not None or options.plan_file is not None
     if axis is not None and one_plan:
-        raise UsageError("--compare makes several plans; --save and --dry-run are for one.", remedy="Leave one out.")
-    if wanted.plot:
+        raise UsageError(
+            "--compare makes several plans; --save, --plan and --dry-run are for one.", remedy="Leave one out."
+        )
+    if shown.plot is not None and options.plan_file is not None:
+        raise UsageError("--plot compares several plans; --plan is one.", remedy="Leave one out.")
+    if shown.plot is not None:
+        from pathlib import Path
+
         from pyllamarun.plan.plot import check_plot
 
-        check_plot(wanted.plot)
+        check_plot(Path(shown.plot).expanduser())
     if read_bandwidth:
         from pyllamarun.planner import read_bandwidth as measure
 
@@ -78,12 +80,12 @@ def command(
     if axis is not None:
         from pyllamarun.cli.comparing import print_comparison
 
-        print_comparison(options, axis, wanted.plot, as_json=as_json)
-    elif not (options.model.startswith("hf:") and not one_plan and _printed_models(options, wanted)):
-        _print_plan(options, wanted)
+        print_comparison(options, axis, shown.plot, as_json=shown.as_json)
+    elif not (options.model.startswith("hf:") and not one_plan and _printed_models(options, shown)):
+        _print_plan(options, shown)
 
 
-def _printed_models(options: PlanOptions, wanted: Wanted) -> bool:
+def _printed_models(options: PlanOptions, shown: Shown) -> bool:
     """Whether MODEL is a repository with several models, which were planned and compared."""
     from pyllamarun.models.network import repository
 
@@ -91,53 +93,45 @@ def _printed_models(options: PlanOptions, wanted: Wanted) -> bool:
     if len(models) > 1:
         from pyllamarun.cli.comparing import print_models
 
-        print_models(options, models, wanted.plot, as_json=wanted.as_json)
+        print_models(options, models, shown.plot, as_json=shown.as_json)
     return len(models) > 1
 
 
-def _print_plan(options: PlanOptions, wanted: Wanted) -> None:
+def _print_plan(options: PlanOptions, shown: Shown) -> None:
     """The plan as soon as there is one; what would help takes longer."""
+    from pathlib import Path
+
     from pyllamarun import output
-    from pyllamarun.cli.planning import planned
+    from pyllamarun.cli.planning import planned, wanted_request
     from pyllamarun.plan.saved import write_plan
 
     with planned(options) as plan:
         line = plan.shell_line(plan.argv("llama-server"))
-        if wanted.dry_run:
+        if shown.dry_run:
             output.print_text(line)
-        elif not wanted.as_json:
-            _print_words(plan, line, wanted.explain)
-        if wanted.advice and not wanted.dry_run:
-            plan = _advised(plan, options, wanted.as_json)
-        if wanted.plot:
+        elif not shown.as_json:
+            _print_words(plan, line, explain=shown.explain)
+        if shown.advice and not shown.dry_run and options.plan_file is None:
+            from pyllamarun.cli.advising import advice_for, advice_lines
+
+            found = advice_for(plan.plan, plan.planner, plan.model, wanted_request(options))
+            plan = replace(plan, plan=replace(plan.plan, advice=found))
+            if found and not shown.as_json:
+                output.print_text("\n".join(["", *advice_lines(found, options)]))
+        if shown.plot is not None:
             from pyllamarun.cli.comparing import plot_plan
 
-            plot_plan(plan, options, wanted.plot)
-    if wanted.save is not None:
-        write_plan(Path(wanted.save).expanduser(), plan.envelope())
-    if wanted.as_json:
+            plot_plan(plan, options, Path(shown.plot).expanduser())
+    if shown.save is not None:
+        write_plan(Path(shown.save).expanduser(), plan.envelope())
+    if shown.as_json:
         output.print_json(plan.envelope())
 
 
-def _print_words(plan: Planned, line: str, explain: bool) -> None:
+def _print_words(plan: Planned, line: str, *, explain: bool) -> None:
     from pyllamarun import output
     from pyllamarun.plan.report import describe
 
     output.print_text(describe(plan.plan, line, plan.stage.description, output.screen(), explain=explain))
     if not plan.model.source.is_here:
         output.print_text(f"The model is not on this machine yet: {plan.model.source.pull_command}")
-
-
-def _advised(plan: Planned, options: PlanOptions, as_json: bool) -> Planned:
-    """With what would help it, where it needs help; printed, where that is not for a program."""
-    from pyllamarun.plan.advice import is_wanting
-
-    if not is_wanting(plan.plan):
-        return plan
-    from pyllamarun import output
-    from pyllamarun.cli.advising import advice_for, advice_lines
-
-    advice = advice_for(plan, options)
-    if advice and not as_json:
-        output.print_text("\n".join(["", *advice_lines(advice, options)]))
-    return replace(plan, plan=replace(plan.plan, advice=advice))

@@ -108,6 +108,9 @@ def wanted_request(options: PlanOptions) -> Request:
         overhead=options.overhead,
         arguments=options.passthrough,
         force=options.force,
+        allow=options.allow or "",
+        goal=options.goal,
+        rpc=options.rpc or "",
     )
 
 

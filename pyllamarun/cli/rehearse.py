@@ -26,6 +26,7 @@ def command(options: PlanOptions, for_real: bool, as_json: bool) -> int:
     from pyllamarun.errors import UsageError
     from pyllamarun.machine.gpu import survey_gpus
     from pyllamarun.models.skeleton import write_skeleton
+    from pyllamarun.plan.request import RPC, fixed_value
     from pyllamarun.run.process import running
     from pyllamarun.run.rehearsal import DriverMeter, StageMeter, driver_usage, rehearse
     from pyllamarun.run.report import describe_rehearsal
@@ -35,6 +36,11 @@ def command(options: PlanOptions, for_real: bool, as_json: bool) -> int:
     with planned(options) as plan:
         if not plan.plan.devices:
             raise UsageError("There is no GPU to rehearse for.", remedy="Name one: --gpu 'RTX 3060'.")
+        if fixed_value(plan.plan.argv, *RPC):
+            raise UsageError(
+                "What RPC servers hold cannot be counted from here.",
+                remedy="Rehearse without --rpc, or on their machines.",
+            )
         if for_real != (plan.stage.kind == REAL):
             raise UsageError(
                 "--for-real is for this machine's own card."

@@ -13,9 +13,9 @@ from pyllamarun.plan.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout, Ro
 from pyllamarun.plan.limits import DEVICES, Limit
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Answer
-from pyllamarun.plan.request import Request, fixed_value, has_option
+from pyllamarun.plan.request import THROUGHPUT, Request, fixed_value, has_option
 from pyllamarun.plan.spill import OVERRIDES, Division, Piece, divisions, overridden
-from pyllamarun.plan.token_cost import TokenCost
+from pyllamarun.plan.token_cost import TokenCost, use_of
 from pyllamarun.units import format_size
 
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
@@ -86,6 +86,7 @@ class _Search:
     ) -> None:
         self._header = header
         self._hardware = hardware
+        self._use = use_of(request, request.slots if request.goal == THROUGHPUT else 1)
         self._request = request
         self._limits = limits
         self._ask = ask
@@ -95,9 +96,6 @@ class _Search:
         self.gpus = _in_order(limits) if self.may_choose_gpus else _Gpus(limits, False)
         self._known: dict[tuple[str, ...], Placement] = {}
         self._layers: Layers | None = None
-
-    def _cost(self, placement: Placement) -> TokenCost:
-        return placement.cost(self._header, self._hardware)
 
     def as_asked(self, gpu_layers: str | None) -> Placement:
         """With the user's own -ngl, shared among GPUs so that it fits, if it can; or without any GPU."""
@@ -165,6 +163,9 @@ class _Search:
                 chosen = found
         return self._without_idle_gpus(chosen)
 
+    def _cost(self, placement: Placement) -> TokenCost:
+        return placement.cost(self._header, self._hardware, self._use)
+
     def _without_idle_gpus(self, placement: Placement) -> Placement:
         """Without GPUs that got no layer, which would hold a context in vain."""
         busy = {name for name, count in zip(placement.devices, placement.split) if count}
@@ -194,8 +195,9 @@ class _Search:
         return best
 
     def _filled_at_once(self, division: Division, nothing: Placement) -> Placement | None:
-        """The fullest on a single GPU, with any matrices elsewhere, if it takes no more besides its tensors than a
-        model that is on the CPU: then no other layout is likely to take less, and none need be asked about."""
+        """The fullest on a single GPU, with any matrices elsewhere, where nothing that is worth asking about can be
+        better: it takes no more besides its tensors than a model on the CPU does, one more step would not fit even if
+        nothing were computed, and what it leaves behind of the last one is next to nothing."""
         if self._placed_by_user or len(self.gpus.limits) > 1:
             return None
         layout = self._room(self.gpus, division, nothing).divided(ANY_MATRIX)
@@ -204,8 +206,11 @@ class _Search:
         found = self._at(self.gpus, division, layout)
         if not found.fits or self._besides(self.gpus, found) > self._besides(self.gpus, nothing):
             return None
-        whole = replace(found, on_gpu=found.on_gpu - 1, left_behind=())
-        return found if self._cost(found).seconds < self._cost(whole).seconds else None
+        now, more = (sum(self._model(found).sizes(division, layout.on_gpu + one)) for one in (0, 1))
+        if layout.on_gpu < division.steps and more - now <= self._compute_bytes(found):
+            return None
+        whole = replace(found, left_behind=())
+        return found if self._cost(found).is_about(self._cost(whole)) else None
 
     def _whole(self, division: Division, nothing: Placement) -> Placement | None:
         """The most steps in whole layers: either one more was asked about, or there cannot be room for it."""
@@ -334,13 +339,23 @@ class _Search:
         moved: tuple[tuple[Piece, str], ...] = (),
     ) -> Placement:
         request = self._request
-        arguments = ["-m", str(self._header.path), "-c", str(request.context_tokens), "-np", str(request.slots), *where]
+        rpc = ["--rpc", request.rpc] if request.rpc else []
+        arguments = [
+            "-m",
+            str(self._header.path),
+            *rpc,
+            "-c",
+            str(request.context_tokens),
+            "-np",
+            str(request.slots),
+            *where,
+        ]
         arguments += self._overrides(left_behind, moved)
         if len(split) > 1:
             arguments += ["-ts", ",".join(map(str, split))]
         if gpus.named:
             arguments += ["-dev", ",".join(gpus.names)]
-        arguments += ["-fit", "off", *request.passthrough]
+        arguments += ["-fit", "off", *request.chosen, *request.passthrough]
         key = tuple(arguments)
         if key not in self._known:
             answer = self._ask(arguments)

@@ -11,7 +11,7 @@ from pyllamarun.plan.limits import ASSUMED, GIVEN, Limit
 from pyllamarun.plan.probe import Answer
 from pyllamarun.plan.request import ASSUMED_POOL_BYTES
 from pyllamarun.plan.spill import Division, Piece
-from pyllamarun.plan.token_cost import TokenCost, token_cost
+from pyllamarun.plan.token_cost import USUAL, TokenCost, Use, token_cost
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,13 @@ class Placement:
         """How many of the first layers are on the CPU as a whole."""
         return max(0, self.answer.offloadable_layers - self.gpu_layers)
 
-    def cost(self, header: Header, hardware: Hardware = UNKNOWN) -> TokenCost:
-        return token_cost(header, self.answer, self.device_of, hardware)
+    def cost(self, header: Header, hardware: Hardware = UNKNOWN, use: Use = USUAL) -> TokenCost:
+        return token_cost(header, self.answer, self.device_of, hardware, use)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the model is on GPUs."""
+        return not self.layers_on_cpu and not self.left_behind and self.division.steps == self.on_gpu
 
     def holds(self, name: str) -> bool:
         """Whether a tensor is on a GPU."""

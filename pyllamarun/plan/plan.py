@@ -13,18 +13,17 @@ from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.output import printable
 from pyllamarun.plan import neighbours, residency
+from pyllamarun.plan.choose import choose
 from pyllamarun.plan.hardware import UNKNOWN, Hardware
 from pyllamarun.plan.limits import Limit, resolve_limits
-from pyllamarun.plan.place import Ask, place
+from pyllamarun.plan.place import Ask
 from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import DEFAULT_UBATCH_TOKENS, Request, fixed_value
 from pyllamarun.plan.residency import Residency
 from pyllamarun.plan.speed import Range, Speed, predict
-from pyllamarun.plan.token_cost import Use
+from pyllamarun.plan.token_cost import use_of
 
-THREADS = ("-t", "--threads")
-CACHE_TYPE = ("-ctk", "--cache-type-k")
 UBATCH = ("-ub", "--ubatch-size")
 
 
@@ -33,8 +32,6 @@ class DevicePlan:
     """One GPU, in bytes; all zero where it takes no part.
 
     total = weights + context + compute + projector + overhead, and total <= budget.
-
-    Of `memory_bytes`, all that the GPU has, `free_bytes` can be had now; what that is more than the budget is headroom.
 
     Of `memory_bytes`, all that the GPU has, `free_bytes` can be had now; what that is more than the budget is headroom.
 
@@ -101,7 +98,8 @@ class Advice:
 @dataclass(frozen=True)
 class Plan:
     """`division` is how the model is divided (plan/spill.py); `left_on_cpu`, what of offloaded layers stays behind;
-    `moved`, what is on another GPU than its layer, by that GPU."""
+    `moved`, what is on another GPU than its layer, by that GPU; `changes`, what was changed of the request, as allowed.
+    """
 
     model: str
     model_name: str
@@ -122,6 +120,7 @@ class Plan:
     host: HostPlan
     residency: Residency
     speed: Speed
+    changes: tuple[str, ...]
     warnings: tuple[str, ...]
     advice: tuple[Advice, ...] = ()
 
@@ -151,9 +150,10 @@ def make_plan(
     """
     limits, ram = resolve_limits(request, devices), residency.ram_limit(request.ram, memory)
     try:
-        placement = place(header, request, limits, ask, hardware)
+        choice = choose(header, request, limits, ask, hardware)
     except DoesNotFit as error:
         raise neighbours.naming_neighbours(error, limits, survey) from None
+    request, placement = choice.request, choice.placement
     answer = placement.answer
     needs, more = residency.host_needs(placement, header, request, memory, ram)
     verdict = residency.judge(needs, ram)
@@ -181,6 +181,7 @@ def make_plan(
         host=_host_plan(placement),
         residency=verdict,
         speed=_speed(placement, header, request, hardware, from_disk),
+        changes=choice.notes,
         warnings=(
             *neighbours.shortages(limits, survey),
             *_warnings(placement),
@@ -190,18 +191,13 @@ def make_plan(
 
 
 def _speed(placement: Placement, header: Header, request: Request, hardware: Hardware, from_disk: bool) -> Speed:
-    threads = fixed_value(request.passthrough, *THREADS) or ""
-    use = Use(
-        threads=int(threads) if threads.isdigit() and int(threads) > 0 else None,
-        cache_type=(fixed_value(request.passthrough, *CACHE_TYPE) or "f16").upper(),
-    )
-    ubatch = fixed_value(request.passthrough, *UBATCH) or ""
+    ubatch = fixed_value(request.arguments, *UBATCH) or ""
     return predict(
         header,
         placement.answer,
         placement.device_of,
         hardware,
-        use,
+        use_of(request),
         ubatch_tokens=int(ubatch) if ubatch.isdigit() and int(ubatch) > 0 else DEFAULT_UBATCH_TOKENS,
         from_disk=from_disk,
     )

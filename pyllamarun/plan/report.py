@@ -33,6 +33,7 @@ def describe(
     drawn = bars(plan, screen)
     lines += [*drawn, ""] if drawn else []
     lines += [*describe_speed(plan.speed, plan.slots, not stage), *([explain_speed(plan.speed)] if explain else []), ""]
+    lines += [*plan.changes, *[""] * bool(plan.changes)]
     lines += [f"warning: {warning}" for warning in plan.warnings] + [""] * bool(plan.warnings)
     lines.append(command_line)
     return "\n".join(lines)

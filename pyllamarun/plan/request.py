@@ -17,6 +17,11 @@ DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS = 2048, 512  # llama.cpp's own -b an
 ASSUMED_CONTEXT_BYTES = 300 * MIB
 ASSUMED_POOL_BYTES = 64 * MIB
 
+RPC = ("--rpc",)
+# What the planner may change where it is allowed to: types of the KV cache, the size of ubatches, the context.
+ALLOWED = ("kv", "ub", "ctx")
+GOALS = LATENCY, THROUGHPUT = "latency", "throughput"
+
 
 @dataclass(frozen=True)
 class VirtualGpu:
@@ -55,7 +60,9 @@ class Request:
     """One model, to be placed.
 
     `passthrough` is what the user wrote after `--`: it goes to llama.cpp as it stands, after our own arguments, and so
-    wins over them.  `ram` is what the process may take of host memory, None for all that is available.
+    wins over them.  `ram` is what the process may take of host memory, None for all that is available.  `allow` is what
+    may be changed, of ALLOWED and "slots", and `chosen` are arguments with which the planner has done so.  `rpc` are
+    addresses of RPC servers: they come first of all arguments, since others name their devices.
     """
 
     context_tokens: int
@@ -65,6 +72,15 @@ class Request:
     passthrough: tuple[str, ...] = ()
     force: bool = False
     ram: Budget | None = None
+    allow: frozenset[str] = frozenset()
+    goal: str = LATENCY
+    chosen: tuple[str, ...] = ()
+    rpc: str = ""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The planner's own and the user's, which come later and so win."""
+        return (*self.chosen, *self.passthrough)
 
 
 def make_request(
@@ -72,21 +88,45 @@ def make_request(
     vram: str | None = None,
     ram: str | None = None,
     context: int = DEFAULT_CONTEXT_TOKENS,
-    slots: int = 1,
+    slots: int | None = None,
     overhead: str | None = None,
     arguments: Sequence[str] = (),
     force: bool = False,
+    allow: str = "",
+    goal: str = LATENCY,
+    rpc: str = "",
 ) -> Request:
-    """From what a person would write: vram="11.5GiB" or "11GiB,7GiB", ram="max-4GiB", arguments=["-ctk", "q8_0"]."""
+    """From what a person would write: vram="11.5GiB" or "11GiB,7GiB", ram="max-4GiB", arguments=["-ctk", "q8_0"],
+    allow="kv,ub".  With the goal "throughput" and no number of slots, the planner chooses that too."""
     return Request(
         context_tokens=context,
-        slots=slots,
+        slots=slots or 1,
         budgets=parse_budgets(vram) if vram is not None else (),
         overhead_bytes=parse_size(overhead) if overhead is not None else None,
-        passthrough=tuple(arguments),
+        passthrough=tuple(without_option(arguments, *RPC)),
         force=force,
         ram=parse_budget(ram) if ram is not None else None,
+        allow=parse_allow(allow) | (frozenset({"slots"}) if goal == THROUGHPUT and slots is None else frozenset()),
+        goal=parse_goal(goal),
+        rpc=rpc or fixed_value(arguments, *RPC) or "",
     )
+
+
+def parse_allow(text: str) -> frozenset[str]:
+    """What may be changed: "kv,ub"."""
+    words = frozenset(word.strip() for word in text.split(",")) - {""}
+    if words - set(ALLOWED):
+        raise UsageError(
+            f'"{", ".join(sorted(words - set(ALLOWED)))}" cannot be allowed.',
+            remedy=f"Name what may be changed: {', '.join(ALLOWED)}.",
+        )
+    return words
+
+
+def parse_goal(text: str) -> str:
+    if text not in GOALS:
+        raise UsageError(f'"{text}" is no goal.', remedy=f"Name one of these: {', '.join(GOALS)}.")
+    return text
 
 
 def context_bytes(overhead_bytes: int | None) -> int:

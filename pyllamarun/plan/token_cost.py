@@ -12,6 +12,7 @@ from pyllamarun.machine.rates import PLAIN, REPACKED, HostRates
 from pyllamarun.models.gguf import Array, Header, Tensor
 from pyllamarun.plan.hardware import UNKNOWN, GpuRates, Hardware
 from pyllamarun.plan.probe import Answer, Steps
+from pyllamarun.plan.request import Request, fixed_value
 from pyllamarun.plan.spill import EXPERTS
 
 CPU = "CPU"
@@ -19,6 +20,7 @@ CPU = "CPU"
 FILLED = 0.5
 # A less plain division of a model has to be better by so much.
 CLEARLY = 0.95
+ABOUT = 1.005  # not worth another question
 
 # What kernels get of a card's bandwidth, and what each of them costs besides, with CUDA graphs.  Not fitted to the
 # tables of partial offload that the tests hold the model against, but to models wholly on a card; see docs/speed.md.
@@ -33,6 +35,9 @@ MULTIPROCESSOR_OPERATIONS = {
     6.0: 0.15e12, 6.1: 0.40e12, 7.0: 0.45e12, 7.5: 0.55e12, 8.0: 0.60e12, 8.6: 0.85e12, 8.9: 1.30e12, 9.0: 1.00e12,
     10.0: 1.10e12,
 }  # fmt: skip
+
+THREADS = ("-t", "--threads")
+CACHE_TYPE = ("-ctk", "--cache-type-k")
 
 DeviceOf = Callable[[str], "str | None"]
 
@@ -73,6 +78,9 @@ class TokenCost:
     def is_clearly_below(self, other: TokenCost) -> bool:
         return self.seconds < CLEARLY * other.seconds
 
+    def is_about(self, other: TokenCost) -> bool:
+        return self.seconds <= ABOUT * other.seconds
+
     @property
     def has_much_attention_on_cpu(self) -> bool:
         """Whether a placement without it, all that dividing by feed-forward matrices saves, could be clearly below."""
@@ -94,6 +102,16 @@ class Use:
 
 
 USUAL = Use()
+
+
+def use_of(request: Request, slots: int = 1) -> Use:
+    """As a request has it, with so many slots generating at once."""
+    threads = fixed_value(request.arguments, *THREADS) or ""
+    return Use(
+        slots=slots,
+        threads=int(threads) if threads.isdigit() and int(threads) > 0 else None,
+        cache_type=(fixed_value(request.arguments, *CACHE_TYPE) or "f16").upper(),
+    )
 
 
 @dataclass(frozen=True, slots=True)

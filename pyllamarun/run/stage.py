@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pyllamarun.errors import UsageError
 from pyllamarun.machine.cards import Card
 from pyllamarun.machine.gpu import NVML_TIMEOUT_SECONDS, GpuSurvey, read_survey, survey_gpus
 from pyllamarun.machine.machine import Machine
@@ -180,6 +182,25 @@ def survey_stage(stage: Stage, timeout_seconds: float = NVML_TIMEOUT_SECONDS) ->
     argv = [sys.executable, "-m", "pyllamarun.machine.gpu", str(timeout_seconds)]
     _, text = output_of(argv, stage.environment)
     return read_survey(text)
+
+
+def list_rpc_devices(binaries: Binaries, stage: Stage, servers: str) -> tuple[Device, ...]:
+    """The devices of RPC servers, "HOST:PORT,HOST:PORT", each with the memory that its server says, in whole MiB.
+
+    llama-server is asked for its list, since llama.cpp gives RPC devices their names as it reads its arguments.
+    """
+    status, text = output_of([binaries.path("llama-server"), "--rpc", servers, "--list-devices"], stage.environment)
+    found = re.findall(r"^ +(RPC\d+): (.*) \((\d+) MiB, (\d+) MiB free\)$", text, re.MULTILINE)
+    if status != 0 or not found:
+        said = re.findall(r"Failed to .*|.*RPC.*", text)
+        raise UsageError(
+            f"No RPC server answers as {servers}.",
+            why=said[0] if said else text.strip()[-500:],
+            remedy="Start ggml-rpc-server there, of the same llama.cpp, and give its HOST:PORT.",
+        )
+    return tuple(
+        Device(name, address, "RPC", "gpu", int(free) * MIB, int(total) * MIB) for name, address, total, free in found
+    )
 
 
 @contextmanager

@@ -26,12 +26,12 @@ pytestmark = pytest.mark.slow
 
 PROGRAMS = {
     "llama-cli", "llama-server", "llama-quantize", "llama-bench", "llama-perplexity", "llama-imatrix",
-    "llama-gguf-split", "ggml-rpc-server", "pyllamarun-probe",
+    "llama-gguf-split", "llama-fit-params", "ggml-rpc-server", "pyllamarun-probe",
 }  # fmt: skip
 LIBRARIES = {
     "libggml.so", "libggml-base.so", "libggml-cpu.so", "libggml-rpc.so", "libggml-virtual.so", "libhollow-cpu.so",
     "libllama.so", "libllama-common.so", "libmtmd.so", "libllama-cli-impl.so", "libllama-server-impl.so",
-    "libllama-quantize-impl.so", "libllama-bench-impl.so", "libllama-perplexity-impl.so",
+    "libllama-quantize-impl.so", "libllama-bench-impl.so", "libllama-perplexity-impl.so", "libllama-fit-params-impl.so",
 }  # fmt: skip
 BACKEND_LIBRARIES: dict[str, set[str]] = {
     "cpu": set(),
