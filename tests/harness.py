@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyllamarun.machine.core_rates import nominal
+from pyllamarun.plan.hardware import Hardware
 from pyllamarun.plan.probe import Answer, Probe
 from pyllamarun.plan.request import VirtualGpu
 from pyllamarun.run.binaries import PROBE, Binaries
@@ -26,6 +28,8 @@ from pyllamarun.run.stage import Stage, open_probe
 from pyllamarun.units import MIB
 
 SERVER_SECONDS = 120.0
+# So slow a CPU that even a tiny model gains by every matrix that is on a GPU.
+SLOW_CPU = Hardware(nominal(1e8, 1))
 PYLLAMARUN = Path(sys.executable).with_name("pyllamarun")
 
 

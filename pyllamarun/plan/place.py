@@ -151,16 +151,18 @@ class _Search:
         return like
 
     def best(self, nothing: Placement) -> Placement:
-        """The one that costs least a token of those that fit."""
-        chosen = nothing
+        """The one that costs least a token of those that fit; a tiny model may be faster without any GPU."""
+        chosen: Placement | None = None
         for division in divisions(self._request.passthrough, nothing.answer):
-            if chosen is not nothing:
+            if chosen:
                 may_gain = division.name == "feed_forward" and self._cost(chosen).has_much_attention_on_cpu
                 if not may_gain:
                     break  # experts' divisions come in the order of their merit
             found = self._filled(division, nothing)
-            if found and (chosen is nothing or self._cost(found).is_clearly_below(self._cost(chosen))):
+            if found and (chosen is None or self._cost(found).is_clearly_below(self._cost(chosen))):
                 chosen = found
+        if chosen is None or self._cost(chosen).seconds > self._cost(nothing).seconds:
+            return nothing
         return self._without_idle_gpus(chosen)
 
     def _cost(self, placement: Placement) -> TokenCost:

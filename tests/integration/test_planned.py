@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import synthetic
-from harness import Machine
+from harness import SLOW_CPU, Machine
 
 from pyllamarun.models.gguf import read_header
 from pyllamarun.plan.limits import resolve_limits
@@ -35,7 +35,7 @@ def test_planned_is_allocated(
     budgets = tuple(Budget("bytes", int(least + (most - least) * share)) for share in shares)
     devices = [Device(name, name, "VIRTUAL", "gpu", 2048 * MIB, 2048 * MIB) for name in gpus.device_names]
     wanted = Request(context, 1, budgets, overhead_bytes=0)
-    placement = place(read_header(model), wanted, resolve_limits(wanted, devices), gpus.ask)
+    placement = place(read_header(model), wanted, resolve_limits(wanted, devices), gpus.ask, SLOW_CPU)
     predicted = [placement.used_bytes(limit) for limit in placement.limits]
     assert all(used <= budget.amount for used, budget in zip(predicted, budgets))
     with gpus.serve([*placement.arguments, "--ctx-checkpoints", "0"]) as server:

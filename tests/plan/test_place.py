@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 import shapes
-from harness import Machine
+from harness import SLOW_CPU, Machine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +43,7 @@ def placed(machine: Machine, model: Path, wanted: Request, *sizes_bytes: int) ->
         questions += 1
         return machine.ask(arguments)
 
-    return place(read_header(model), wanted, resolve_limits(wanted, devices), ask), questions
+    return place(read_header(model), wanted, resolve_limits(wanted, devices), ask, SLOW_CPU), questions
 
 
 def one_more_step_fits(machine: Machine, model: Path, placement: Placement) -> bool:
