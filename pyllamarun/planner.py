@@ -144,9 +144,12 @@ class Planner:
             return measured or assumed()
         return nominal(bandwidth or ASSUMED_BANDWIDTH, cores or ASSUMED_CORES)
 
-    def plan(self, model: Model, request: Request) -> Plan:
-        """Raises DoesNotFit, UsageError, Refused or BinaryError."""
-        memory, ask = self.memory(request.ram), self._ask(model.header)
+    def plan(self, model: Model, request: Request, memory: Memory | None = None) -> Plan:
+        """`memory`, where plans are to be compared, is what was read for all of them.
+
+        Raises DoesNotFit, UsageError, Refused or BinaryError.
+        """
+        memory, ask = memory or self.memory(request.ram), self._ask(model.header)
         devices, hardware = self.devices_of(request.rpc), self.hardware
         return make_plan(model.header, request, devices, memory, ask, hardware, lambda: self._survey)
 

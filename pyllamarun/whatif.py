@@ -165,9 +165,11 @@ def requantized_models(planner: Planner, header: Header, types: Sequence[str] | 
 
 
 def _planned(planner: Planner, variants: Sequence[Variant], show: Show) -> tuple[Row, ...]:
+    memory = planner.memory(variants[0].request.ram) if variants else None
+
     def plan(variant: Variant) -> Plan:
         show(f"planning {variant.label}")
-        return planner.plan(_model(variant), variant.request)
+        return planner.plan(_model(variant), variant.request, memory)
 
     return rows_of(variants, plan)
 
