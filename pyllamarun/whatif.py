@@ -99,7 +99,8 @@ def advise(planner: Planner, model: Model, request: Request, plan: Plan | None) 
     """
     header = model.header
     try:
-        asked, most = (resolve_limits(one, planner.devices) for one in (request, replace(request, budgets=())))
+        devices = planner.devices_of(request.rpc)
+        asked, most = (resolve_limits(one, devices) for one in (request, replace(request, budgets=())))
     except DoesNotFit:  # the budget is more than the card has, and the error says what to do
         return ()
     rows = list(_planned(planner, changes(header, model.source.name, request, asked, most), lambda _: None))
@@ -134,7 +135,7 @@ def _with_more_ram(planner: Planner, model: Model, request: Request, plan: Plan)
     machine, words = planner.machine, ["--ram", size]
     if machine.gpus is None:
         cards = [card for card in planner.stage.cards if card]
-        if len(cards) != len(planner.devices):
+        if len(cards) != len(planner.devices_of(request.rpc)):
             return ()
         machine = replace(machine, gpus=tuple(cards))
         words += ["--gpu", ",".join(card.short_name for card in cards) or "none"]

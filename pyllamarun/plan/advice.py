@@ -110,9 +110,7 @@ def _is_better(row: Row, plan: Plan | None) -> bool:
         return True
     if row.stays_in_memory != (plan.residency.verdict == RESIDENT):
         return row.stays_in_memory
-    if row.pace and _pace(plan):
-        return row.pace >= WORTHWHILE * _pace(plan)
-    return row.gpu_layers / max(row.layers, 1) >= WORTHWHILE * plan.gpu_layers / max(plan.layers, 1)
+    return row.pace > 0 and row.pace >= WORTHWHILE * _pace(plan)
 
 
 def _advice(row: Row) -> Advice:

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import shapes
 from harness import run_cli
 from matplotlib.figure import Figure
+from synthetic import Spec
 
 from pyllamarun import Machine, Model, Planner
 from pyllamarun.errors import UsageError
@@ -29,18 +31,19 @@ def planner() -> Iterator[Planner]:
         yield planner
 
 
-@pytest.mark.parametrize(("architecture", "vram"), [("llama", "306MiB"), ("qwen3moe", "308MiB"), ("gemma3", "310MiB")])
-def test_the_layers_that_are_drawn_add_up_to_the_plan(
-    architecture: str, vram: str, planner: Planner, tiny: Callable[[str], Path]
-) -> None:
-    model = Model.open(tiny(architecture))
-    plan = planner.plan(model, make_request(vram=vram, overhead="300MiB", context=1024))
+@pytest.mark.parametrize(
+    "spec", [shapes.llama_8b(8), shapes.qwen3_30b_a3b(6), shapes.gemma3_12b(8)], ids=lambda s: s.arch
+)
+def test_the_layers_that_are_drawn_add_up_to_the_plan(spec: Spec, planner: Planner, tmp_path: Path) -> None:
+    model = Model.open(shapes.write(spec, tmp_path / "m.gguf"))
+    plan = planner.plan(model, make_request(vram="1GiB", overhead="300MiB", context=1024))
     on_gpu, on_cpu = weights_by_layer(plan, model.header)
     assert len(on_gpu) == plan.layers
     padding_bytes = sum(device.weights_bytes for device in plan.devices) - sum(on_gpu)  # of rows, to 512 elements
     assert 0 <= padding_bytes < 512 * len(model.header.tensors)
     assert sum(on_gpu) > 0
     assert sum(on_cpu) > 0
+    assert plan.left_on_cpu
     assert used_from(plan, on_gpu)[0] == sum(device.total_bytes for device in plan.devices)
 
 
