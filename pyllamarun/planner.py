@@ -61,11 +61,15 @@ class Planner:
 
     The probe holds a CUDA context on each card; `free_gpus` ends it, before a plan is carried out.
 
-    `overhead_bytes` is what a process holds on each GPU besides llama.cpp's buffers; None: assumed.
+    `overhead_bytes` is what a process holds on each GPU besides llama.cpp's buffers; None: assumed.  `host` is how fast
+    RAM and CPU are, where that is known; None: as measured, described or assumed.
     """
 
-    def __init__(self, machine: Machine = HERE, *, overhead_bytes: int | None = None) -> None:
+    def __init__(
+        self, machine: Machine = HERE, *, overhead_bytes: int | None = None, host: HostRates | None = None
+    ) -> None:
         self.machine = machine
+        self._host = host
         self.binaries: Binaries = find_binaries()
         self._overhead_bytes = overhead_bytes
         self._stack = ExitStack()
@@ -130,7 +134,7 @@ class Planner:
         """How fast its parts are.  NVML is asked about cards that are not in the table only: it takes time."""
         cards = self.stage.cards
         asked = self.stage.kind == REAL and bool(self.devices) and not all(cards)
-        return hardware_of(self.devices, cards, self._survey.gpus if asked else (), self._host_rates())
+        return hardware_of(self.devices, cards, self._survey.gpus if asked else (), self._host or self._host_rates())
 
     def _host_rates(self) -> HostRates:
         """Measured, where that was done on this machine; as the machine is described; or assumed."""
@@ -140,9 +144,12 @@ class Planner:
             return measured or assumed()
         return nominal(bandwidth or ASSUMED_BANDWIDTH, cores or ASSUMED_CORES)
 
-    def plan(self, model: Model, request: Request) -> Plan:
-        """Raises DoesNotFit, UsageError, Refused or BinaryError."""
-        memory, ask = self.memory(request.ram), self._ask(model.header)
+    def plan(self, model: Model, request: Request, memory: Memory | None = None) -> Plan:
+        """`memory`, where plans are to be compared, is what was read for all of them.
+
+        Raises DoesNotFit, UsageError, Refused or BinaryError.
+        """
+        memory, ask = memory or self.memory(request.ram), self._ask(model.header)
         devices, hardware = self.devices_of(request.rpc), self.hardware
         return make_plan(model.header, request, devices, memory, ask, hardware, lambda: self._survey)
 

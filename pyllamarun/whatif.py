@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from pyllamarun.errors import DoesNotFit, DownloadError, ModelError, PyllamarunError, UsageError
 from pyllamarun.machine.cards import Card, all_cards
+from pyllamarun.machine.machine import Machine
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.hub import parse_name
 from pyllamarun.models.model import Model
@@ -18,7 +19,7 @@ from pyllamarun.models.names import quantization
 from pyllamarun.models.quantize import known_types
 from pyllamarun.models.requantize import UNQUANTIZED, Requantizations, requantizations
 from pyllamarun.models.sources import Source
-from pyllamarun.plan.advice import LADDER, advice_from, changes, larger_card, largest_usable
+from pyllamarun.plan.advice import LADDER, advice_from, changes, down_to_usable, larger_card, more_ram
 from pyllamarun.plan.compare import Comparison, Row, recommend, rows_of
 from pyllamarun.plan.limits import resolve_limits
 from pyllamarun.plan.plan import Advice, Plan
@@ -27,7 +28,7 @@ from pyllamarun.plan.variants import Variant, budgets, contexts, slot_counts
 from pyllamarun.planner import Planner
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import output_of, running
-from pyllamarun.units import format_size
+from pyllamarun.units import GIB, format_size
 
 AXES = ("quants", "ctx", "vram", "slots")
 MAX_MODELS = 32  # of a repository; each takes a header over the network
@@ -98,7 +99,8 @@ def advise(planner: Planner, model: Model, request: Request, plan: Plan | None) 
     """
     header = model.header
     try:
-        asked, most = (resolve_limits(one, planner.devices) for one in (request, replace(request, budgets=())))
+        devices = planner.devices_of(request.rpc)
+        asked, most = (resolve_limits(one, devices) for one in (request, replace(request, budgets=())))
     except DoesNotFit:  # the budget is more than the card has, and the error says what to do
         return ()
     rows = list(_planned(planner, changes(header, model.source.name, request, asked, most), lambda _: None))
@@ -109,20 +111,43 @@ def advise(planner: Planner, model: Model, request: Request, plan: Plan | None) 
         label = f"{name} instead of {header.file_type or 'what it is'}"
         return _planned(planner, [replace(by_type[name], label=label, type="quant")], lambda _: None)[0]
 
-    smaller = largest_usable(list(by_type), with_type)
-    card = larger_card(plan, header, asked, all_cards())
-    rows += [*([smaller] if smaller else []), *(_on_card(planner, model, request, card) if card else ())]
+    rows += down_to_usable(list(by_type), with_type)
+    rows += _with_more_ram(planner, model, request, plan) if plan else ()
+    rows += _on_larger_card(planner, model, request, larger_card(plan, header, asked, all_cards()))
     return advice_from(rows, plan)
 
 
-def _on_card(planner: Planner, model: Model, request: Request, card: Card) -> tuple[Row, ...]:
-    """The same on another card; () where the request is for those that are here."""
-    words = ("--gpu", card.short_name, "--virtual-gpu", "", "--vram", "")
+def _on_larger_card(planner: Planner, model: Model, request: Request, card: Card | None) -> tuple[Row, ...]:
+    if card is None:
+        return ()
     label = f"{card.short_name}, {format_size(card.memory_bytes)}"
+    words = ("--gpu", card.short_name, "--virtual-gpu", "", "--vram", "")
     variant = Variant(label, model.header, replace(request, budgets=()), "card", model.source.name, words=words)
-    machine = replace(planner.machine, gpus=(card,))
+    return _elsewhere(planner, replace(planner.machine, gpus=(card,)), variant)
+
+
+def _with_more_ram(planner: Planner, model: Model, request: Request, plan: Plan) -> tuple[Row, ...]:
+    """In a machine with as much as keeps the model in memory; () where this one has, or its cards have no names."""
+    size_bytes = more_ram(plan)
+    if size_bytes is None:
+        return ()
+    size = f"{size_bytes // GIB}GiB"
+    machine, words = planner.machine, ["--ram", size]
+    if machine.gpus is None:
+        cards = [card for card in planner.stage.cards if card]
+        if len(cards) != len(planner.devices_of(request.rpc)):
+            return ()
+        machine = replace(machine, gpus=tuple(cards))
+        words += ["--gpu", ",".join(card.short_name for card in cards) or "none"]
+    elsewhere = replace(machine, ram_bytes=size_bytes)
+    variant = Variant(f"{size} of RAM", model.header, request, "ram", model.source.name, words=tuple(words))
+    return _elsewhere(planner, elsewhere, replace(variant, request=replace(request, ram=None)))
+
+
+def _elsewhere(planner: Planner, machine: Machine, variant: Variant) -> tuple[Row, ...]:
+    """A plan on another machine, with RAM and CPU as fast as here; () where the request is for this one's devices."""
     try:
-        with Planner(machine, overhead_bytes=request.overhead_bytes) as other:
+        with Planner(machine, overhead_bytes=variant.request.overhead_bytes, host=planner.hardware.host) as other:
             return _planned(other, [variant], lambda _: None)
     except UsageError:
         return ()
@@ -141,9 +166,11 @@ def requantized_models(planner: Planner, header: Header, types: Sequence[str] | 
 
 
 def _planned(planner: Planner, variants: Sequence[Variant], show: Show) -> tuple[Row, ...]:
+    memory = planner.memory(variants[0].request.ram) if variants else None
+
     def plan(variant: Variant) -> Plan:
         show(f"planning {variant.label}")
-        return planner.plan(_model(variant), variant.request)
+        return planner.plan(_model(variant), variant.request, memory)
 
     return rows_of(variants, plan)
 

@@ -6,22 +6,20 @@ import shlex
 
 from pyllamarun import output
 from pyllamarun.cli.options import PlanOptions
+from pyllamarun.cli.planning import Planned, wanted_request
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.model import Model
-from pyllamarun.plan.advice import is_wanting
-from pyllamarun.plan.plan import Advice, Plan
+from pyllamarun.plan.plan import Advice
 from pyllamarun.plan.report import describe_advice
 from pyllamarun.plan.request import Request
 from pyllamarun.planner import Planner
 from pyllamarun.whatif import advise
 
 
-def advice_for(plan: Plan, planner: Planner, model: Model, request: Request) -> tuple[Advice, ...]:
-    """What would help; () where it needs no help."""
-    if not is_wanting(plan):
-        return ()
+def advice_for(planned: Planned, options: PlanOptions) -> tuple[Advice, ...]:
+    """What would help a plan."""
     with output.status("looking for what would help"):
-        return advise(planner, model, request, plan)
+        return advise(planned.planner, planned.model, wanted_request(options), planned.plan)
 
 
 def with_advice(

@@ -102,7 +102,8 @@ def _print_plan(options: PlanOptions, shown: Shown) -> None:
     from pathlib import Path
 
     from pyllamarun import output
-    from pyllamarun.cli.planning import planned, wanted_request
+    from pyllamarun.cli.planning import planned
+    from pyllamarun.plan.advice import is_wanting
     from pyllamarun.plan.saved import write_plan
 
     with planned(options) as plan:
@@ -111,13 +112,8 @@ def _print_plan(options: PlanOptions, shown: Shown) -> None:
             output.print_text(line)
         elif not shown.as_json:
             _print_words(plan, line, explain=shown.explain)
-        if shown.advice and not shown.dry_run and options.plan_file is None:
-            from pyllamarun.cli.advising import advice_for, advice_lines
-
-            found = advice_for(plan.plan, plan.planner, plan.model, wanted_request(options))
-            plan = replace(plan, plan=replace(plan.plan, advice=found))
-            if found and not shown.as_json:
-                output.print_text("\n".join(["", *advice_lines(found, options)]))
+        if shown.advice and not shown.dry_run and options.plan_file is None and is_wanting(plan.plan):
+            plan = _advised(plan, options, shown.as_json)
         if shown.plot is not None:
             from pyllamarun.cli.comparing import plot_plan
 
@@ -135,3 +131,14 @@ def _print_words(plan: Planned, line: str, *, explain: bool) -> None:
     output.print_text(describe(plan.plan, line, plan.stage.description, output.screen(), explain=explain))
     if not plan.model.source.is_here:
         output.print_text(f"The model is not on this machine yet: {plan.model.source.pull_command}")
+
+
+def _advised(plan: Planned, options: PlanOptions, as_json: bool) -> Planned:
+    """With what would help it; printed, where that is not for a program."""
+    from pyllamarun import output
+    from pyllamarun.cli.advising import advice_for, advice_lines
+
+    advice = advice_for(plan, options)
+    if advice and not as_json:
+        output.print_text("\n".join(["", *advice_lines(advice, options)]))
+    return replace(plan, plan=replace(plan.plan, advice=advice))

@@ -88,13 +88,16 @@ def check_target(source: Header, target: Path, type_name: str) -> None:
         raise UsageError(f"There is no folder {target.parent}.", remedy=f"mkdir -p {target.parent}")
 
 
+def loss_warning(type_name: str) -> str:
+    """What a person should know of a type that loses much; "" of others."""
+    if not type_name.startswith(LOW_QUALITY):
+        return ""
+    return f"{type_name} loses much: answers get visibly worse, above all with small models.  Take Q3_K_M if it fits."
+
+
 def quality_warning(type_name: str, source: Header) -> str:
     """What a person should know before this conversion; "" if there is nothing to say."""
-    sentences = []
-    if type_name.startswith(LOW_QUALITY):
-        sentences.append(
-            f"{type_name} loses much: answers get visibly worse, above all with small models.  Take Q3_K_M if it fits."
-        )
+    sentences = [text for text in [loss_warning(type_name)] if text]
     if source.file_type and source.file_type not in ("F32", "F16", "BF16"):
         sentences.append(
             f"The source is {source.file_type} already: quantizing it again loses more than quantizing the original "

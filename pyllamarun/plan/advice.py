@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pyllamarun.machine.cards import Card
 from pyllamarun.models.gguf import Header
-from pyllamarun.plan.compare import USABLE, Row, pace_of
+from pyllamarun.plan.compare import USABLE, Row
 from pyllamarun.plan.limits import Limit
 from pyllamarun.plan.plan import Advice, Plan
 from pyllamarun.plan.request import Request, has_option
@@ -23,15 +23,17 @@ CACHE_TYPES = ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v")
 SMALLER_CACHE = ("-ctk", "q8_0", "-ctv", "q8_0")
 LADDER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")  # that people requantize to, the largest first
 CONSUMER = r"NVIDIA GeForce RTX \d+( Ti)?( SUPER)?"  # on sale everywhere, for desktops
+RAM_SIZES_GIB = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WORTHWHILE = 1.05
 
 
 def is_wanting(plan: Plan) -> bool:
     """Whether it is slower than usable, as far as that is predicted, or more than memory has."""
-    if plan.residency.verdict != RESIDENT:
-        return True
-    pace = pace_of(plan)
-    return pace is not None and pace < USABLE
+    return plan.residency.verdict != RESIDENT or _pace(plan) < USABLE
+
+
+def _pace(plan: Plan) -> float:
+    return plan.speed.generation.middle if plan.speed.generation else 0.0
 
 
 def changes(
@@ -70,22 +72,30 @@ def larger_card(plan: Plan | None, header: Header, asked: Sequence[Limit], cards
     return next((card for card in larger if _usable_bytes(card) >= needed), larger[-1] if larger else None)
 
 
+def more_ram(plan: Plan) -> int | None:
+    """A usual size of RAM that holds what the plan puts there, and a tenth more; None where what there is does."""
+    if plan.residency.verdict == RESIDENT:
+        return None
+    return next((size * GIB for size in RAM_SIZES_GIB if size * GIB >= 1.1 * plan.host.total_bytes), None)
+
+
 def _usable_bytes(card: Card) -> int:
     return card.memory_bytes - card.reserved_bytes
 
 
-def largest_usable(types: Sequence[str], planned: Callable[[str], Row]) -> Row | None:
-    """Of types, the largest first, the row of the first that is usable, or of the last; asks about few of them."""
-    found: dict[str, Row] = {}
+def down_to_usable(types: Sequence[str], planned: Callable[[str], Row]) -> list[Row]:
+    """Of types, the largest first, the row of the first that is usable, or of the last, and those before it that were
+    asked about on the way: few are, as smaller ones are faster."""
+    rows: dict[int, Row] = {}
     first, last = 0, len(types) - 1
     while first <= last:
         middle = (first + last) // 2
-        row = found[types[middle]] = planned(types[middle])
-        if row.fits and row.stays_in_memory and (row.pace >= USABLE or not row.is_predicted):
+        row = rows[middle] = planned(types[middle])
+        if row.stays_in_memory and row.pace >= USABLE:
             last = middle - 1
         else:
             first = middle + 1
-    return found.get(types[first] if first < len(types) else types[-1]) if types else None
+    return [rows[place] for place in sorted(rows) if place <= first]
 
 
 def advice_from(rows: Iterable[Row], plan: Plan | None) -> tuple[Advice, ...]:
@@ -98,12 +108,9 @@ def advice_from(rows: Iterable[Row], plan: Plan | None) -> tuple[Advice, ...]:
 def _is_better(row: Row, plan: Plan | None) -> bool:
     if plan is None:
         return True
-    before = pace_of(plan)
     if row.stays_in_memory != (plan.residency.verdict == RESIDENT):
         return row.stays_in_memory
-    if before and row.is_predicted:
-        return row.pace >= WORTHWHILE * before
-    return row.gpu_layers / max(row.layers, 1) >= WORTHWHILE * plan.gpu_layers / max(plan.layers, 1)
+    return row.pace > 0 and row.pace >= WORTHWHILE * _pace(plan)
 
 
 def _advice(row: Row) -> Advice:
@@ -119,6 +126,5 @@ def _advice(row: Row) -> Advice:
         vram_bytes=row.vram_bytes,
         ram_bytes=row.ram_bytes,
         stays_in_memory=row.stays_in_memory,
-        low_tokens_per_second=row.low_tokens_per_second,
-        high_tokens_per_second=row.high_tokens_per_second,
+        generation=row.generation,
     )

@@ -5,7 +5,6 @@ Pure: whoever calls says how a variant is planned.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,9 +14,10 @@ from pyllamarun.models.quality import Quality, quality
 from pyllamarun.plan.plan import Plan
 from pyllamarun.plan.probe import Refused
 from pyllamarun.plan.residency import RESIDENT
+from pyllamarun.plan.speed import Range
 from pyllamarun.plan.variants import Variant
 
-USABLE = 2.0  # tokens a second
+USABLE = 2.0  # tokens a second: verdict() in plan/speed.py
 # Of two that are as good as equal, the cheaper.
 AS_FAST = 0.95
 
@@ -26,9 +26,9 @@ AS_FAST = 0.95
 class Row:
     """A variant and its plan; of one that does not fit, `plan` is None, and `reason` says why.
 
-    Sums are over all GPUs.  Tokens a second are those of one request that is alone, and those of all slots together
-    when all of them generate; None where nothing is predicted, as where `from_disk` a part of the model is read from
-    disk for every token.
+    Sums are over all GPUs.  `generation` is tokens a second of one request that is alone, `throughput` those of all
+    slots together when all of them generate; None where nothing is predicted, as where `from_disk` a part of the model
+    is read from disk for every token.
     """
 
     label: str
@@ -45,10 +45,8 @@ class Row:
     budget_bytes: int
     vram_bytes: int
     ram_bytes: int
-    low_tokens_per_second: float | None
-    high_tokens_per_second: float | None
-    low_total_tokens_per_second: float | None
-    high_total_tokens_per_second: float | None
+    generation: Range | None
+    throughput: Range | None
     from_disk: bool
     source: str
     words: tuple[str, ...]
@@ -65,22 +63,14 @@ class Row:
         return self.plan is not None and self.plan.residency.verdict == RESIDENT
 
     @property
-    def is_predicted(self) -> bool:
-        return self.low_tokens_per_second is not None
-
-    @property
     def pace(self) -> float:
         """Tokens a second, between low and high; 0 where it does not fit or nothing is predicted."""
-        return _between(self.low_tokens_per_second, self.high_tokens_per_second)
+        return self.generation.middle if self.generation else 0.0
 
     @property
     def pace_in_company(self) -> float:
         """What a slot gets when all of them generate."""
-        return _between(self.low_total_tokens_per_second, self.high_total_tokens_per_second) / self.slots
-
-
-def _between(low: float | None, high: float | None) -> float:
-    return math.sqrt(low * high) if low is not None and high is not None else 0.0
+        return self.throughput.middle / self.slots if self.throughput else 0.0
 
 
 @dataclass(frozen=True)
@@ -121,8 +111,6 @@ def rows_of(variants: Iterable[Variant], plan: Callable[[Variant], Plan]) -> tup
 
 
 def _row(variant: Variant, plan: Plan) -> Row:
-    low, high = _ends(plan.speed.generation)
-    low_total, high_total = _ends(plan.speed.throughput)
     return replace(
         _without_plan(variant),
         context_tokens=plan.context_tokens,
@@ -132,23 +120,11 @@ def _row(variant: Variant, plan: Plan) -> Row:
         budget_bytes=sum(device.budget_bytes for device in plan.devices),
         vram_bytes=sum(device.total_bytes for device in plan.devices),
         ram_bytes=plan.host.total_bytes,
-        low_tokens_per_second=low,
-        high_tokens_per_second=high,
-        low_total_tokens_per_second=low_total,
-        high_total_tokens_per_second=high_total,
+        generation=plan.speed.generation,
+        throughput=plan.speed.throughput,
         from_disk=plan.speed.from_disk,
         plan=plan,
     )
-
-
-def pace_of(plan: Plan) -> float | None:
-    """Tokens a second for one request, between low and high; 0 where it is read from disk; None if not predicted."""
-    speed = getattr(plan, "speed", None)
-    return None if speed is None else _between(*_ends(speed.generation))
-
-
-def _ends(predicted: Any) -> tuple[float | None, float | None]:
-    return (None, None) if predicted is None else (predicted.low, predicted.high)
 
 
 def unplanned(variant: Variant, error: PyllamarunError) -> Row:
@@ -172,10 +148,8 @@ def _without_plan(variant: Variant) -> Row:
         budget_bytes=0,
         vram_bytes=0,
         ram_bytes=0,
-        low_tokens_per_second=None,
-        high_tokens_per_second=None,
-        low_total_tokens_per_second=None,
-        high_total_tokens_per_second=None,
+        generation=None,
+        throughput=None,
         from_disk=False,
         source=variant.source,
         words=variant.words,
@@ -188,30 +162,39 @@ def _without_plan(variant: Variant) -> Row:
 def recommend(axis: str, rows: Sequence[Row]) -> tuple[str, str]:
     """The label of the best row, and why it is that; ("", why) where there is none.
 
-    Of quantizations that which keeps most and is usable, of contexts and slots the largest that is usable, and where
-    none is usable, the fastest.  Of budgets the smallest that is as fast as any.
+    Of quantizations that which keeps most and is usable, of contexts the longest that is usable; where none is usable,
+    the same of those about as fast as the fastest.  Of budgets the smallest that is about as fast as any.  Of slots the
+    most that are usable when all generate; where none is, those that generate most together.
     """
     fitting = [row for row in rows if row.fits]
     if not fitting:
         return "", "None of these fits."
     if all(row.from_disk for row in fitting):
         return "", "Each reads a part of the model from disk for every token."
-    if not any(row.pace for row in fitting):
-        return "", "How fast they are is not predicted."
+    if axis == "slots":
+        return _best_slots(fitting)
     fastest = max(fitting, key=lambda row: row.pace)
+    as_fast = [row for row in fitting if row.pace >= AS_FAST * fastest.pace]
     if axis == "vram":
-        cheapest = min((row for row in fitting if row.pace >= AS_FAST * fastest.pace), key=lambda row: row.budget_bytes)
-        return cheapest.label, "the smallest budget that is within 5% of the fastest"
-    usable = [row for row in fitting if (row.pace_in_company if axis == "slots" else row.pace) >= USABLE]
-    if not usable and axis == "slots":
-        return min(fitting, key=lambda row: row.slots).label, f"with more, none gets {USABLE:g} tok/s when all generate"
+        return min(as_fast, key=lambda row: row.budget_bytes).label, "the smallest budget within 5% of the fastest"
+    usable = [row for row in fitting if row.pace >= USABLE]
+    best = _longest(usable or as_fast) if axis == "ctx" else _best_quality(usable or as_fast)
     if not usable:
-        return fastest.label, f"none reaches {USABLE:g} tok/s; it is the fastest"
-    if axis == "quants":
-        return _best_quality(usable).label, "it keeps most of those that are usable"
-    if axis == "ctx":
-        return max(usable, key=lambda row: row.context_tokens).label, "the longest that is usable"
-    return max(usable, key=lambda row: row.slots).label, f"the most that get {USABLE:g} tok/s each when all generate"
+        return best.label, f"none reaches {USABLE:g} tok/s; it is within 5% of the fastest"
+    return best.label, "the longest that is usable" if axis == "ctx" else "it keeps most of those that are usable"
+
+
+def _best_slots(rows: Sequence[Row]) -> tuple[str, str]:
+    usable = [row for row in rows if row.pace_in_company >= USABLE]
+    if usable:
+        best = max(usable, key=lambda row: row.slots)
+        return best.label, f"the most that get {USABLE:g} tok/s each when all generate"
+    best = max(rows, key=lambda row: row.pace_in_company * row.slots)
+    return best.label, f"none gets {USABLE:g} tok/s each; together they generate most, for batch work"
+
+
+def _longest(rows: Sequence[Row]) -> Row:
+    return max(rows, key=lambda row: row.context_tokens)
 
 
 def _best_quality(rows: Sequence[Row]) -> Row:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pyllamarun.models.quality import Quality
+from pyllamarun.models.quantize import loss_warning
 from pyllamarun.output import printable, table
 from pyllamarun.plan.compare import Comparison, Row
+from pyllamarun.plan.speed_report import span
 from pyllamarun.units import format_size
 
 Column = tuple[str, Callable[[Row], str]]
@@ -71,21 +73,12 @@ def _ram(row: Row) -> str:
 
 
 def pace(row: Row) -> str:
-    """Tokens a second, from low to high; "" where nothing is predicted."""
-    return FROM_DISK if row.from_disk else span(row.low_tokens_per_second, row.high_tokens_per_second)
+    """Tokens a second, from low to high; "" where it does not fit."""
+    return FROM_DISK if row.from_disk else span(row.generation) if row.generation else ""
 
 
 def total_pace(row: Row) -> str:
-    return span(row.low_total_tokens_per_second, row.high_total_tokens_per_second)
-
-
-def span(low: float | None, high: float | None) -> str:
-    """ "1.2-1.6"; "" where there is nothing."""
-    return "" if low is None or high is None else f"{_two_digits(low)}-{_two_digits(high)}"
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    return span(row.throughput) if row.throughput else ""
 
 
 def perplexity(row: Row) -> str:
@@ -132,4 +125,9 @@ def _recommendation(comparison: Comparison, commands: Sequence[str]) -> list[str
     if row is None:
         return [f"No recommendation: {comparison.reason}"]
     fast = f", {pace(row)} tok/s" if pace(row) else ""
-    return [f"Recommended: {printable(row.label)}{fast}: {comparison.reason}.", *(f"  {line}" for line in commands)]
+    if comparison.axis == "slots" and total_pace(row):
+        fast = f", {total_pace(row)} tok/s together"
+    lines = [f"Recommended: {printable(row.label)}{fast}: {comparison.reason}."]
+    if comparison.axis in OF_QUALITY and loss_warning(row.type):
+        lines.append(loss_warning(row.type))
+    return lines + [f"  {line}" for line in commands]

@@ -21,7 +21,7 @@ from pyllamarun.plan.placement import Placement
 from pyllamarun.plan.probe import Device
 from pyllamarun.plan.request import DEFAULT_UBATCH_TOKENS, Request, fixed_value
 from pyllamarun.plan.residency import Residency
-from pyllamarun.plan.speed import Speed, predict
+from pyllamarun.plan.speed import Range, Speed, predict
 from pyllamarun.plan.token_cost import use_of
 
 UBATCH = ("-ub", "--ubatch-size")
@@ -32,8 +32,6 @@ class DevicePlan:
     """One GPU, in bytes; all zero where it takes no part.
 
     total = weights + context + compute + projector + overhead, and total <= budget.
-
-    Of `memory_bytes`, all that the GPU has, `free_bytes` can be had now; what that is more than the budget is headroom.
 
     Of `memory_bytes`, all that the GPU has, `free_bytes` can be had now; what that is more than the budget is headroom.
 
@@ -79,8 +77,8 @@ class HostPlan:
 class Advice:
     """A change that would help, and what the plan with it gives, made in the same call.
 
-    `kind` is quant, context, kv_cache, vram or card.  To type for it: `source` for the model, `words` in place of the
-    options that were given, where "" takes one away, `arguments` after `--`, and `command` before all that, if any.
+    `kind` is quant, context, kv_cache, vram, ram or card.  To type for it: `source` for the model, `words` in place of
+    the options that were given, where "" takes one away, `arguments` after `--`, and `command` before all that, if any.
     """
 
     kind: str
@@ -94,8 +92,7 @@ class Advice:
     vram_bytes: int
     ram_bytes: int
     stays_in_memory: bool
-    low_tokens_per_second: float | None
-    high_tokens_per_second: float | None
+    generation: Range | None
 
 
 @dataclass(frozen=True)

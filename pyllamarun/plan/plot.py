@@ -141,8 +141,7 @@ def draw_comparison(axes: Axes, comparison: Comparison) -> None:
     axes.set_title(f"{printable(comparison.model_name)}: tokens a second by {TITLES[comparison.axis]}")
     axes.set_ylabel("tokens a second")
     if not rows:
-        reason = comparison.reason or "How fast they are is not predicted."
-        axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, comparison.reason, ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
     if comparison.axis == "vram":
@@ -180,8 +179,8 @@ def _draw_bars(axes: Axes, rows: Sequence[Row], recommended: str) -> None:
 
 
 def _ends(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    low = [row.low_tokens_per_second or 0.0 for row in rows]
-    return low, [row.high_tokens_per_second or 0.0 for row in rows]
+    found = [row.generation for row in rows if row.generation]
+    return [one.low for one in found], [one.high for one in found]
 
 
 def _gib(sizes_bytes: Sequence[int]) -> list[float]:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from pyllamarun.output import PLAIN_SCREEN, Screen, table
 from pyllamarun.plan.bars import bars
-from pyllamarun.plan.compare_report import span
 from pyllamarun.plan.plan import Advice, DevicePlan, Plan
 from pyllamarun.plan.residency import RESIDENT, Residency
-from pyllamarun.plan.speed_report import describe_speed, explain_speed
+from pyllamarun.plan.speed_report import describe_speed, explain_speed, span
 from pyllamarun.units import format_size
 
 
@@ -125,7 +124,7 @@ def describe_advice(advice: Sequence[Advice], commands: Sequence[str]) -> list[s
     for one, command in zip(advice, commands):
         facts = [f"{one.gpu_layers} of {one.layers} layers on the GPU", f"{format_size(one.vram_bytes)} of VRAM"]
         facts.append(f"{format_size(one.ram_bytes)} of RAM" + ("" if one.stays_in_memory else ", more than memory has"))
-        if one.low_tokens_per_second is not None and one.high_tokens_per_second is not None:
-            facts.insert(0, f"{span(one.low_tokens_per_second, one.high_tokens_per_second)} tok/s")
+        if one.generation:
+            facts.insert(0, f"{span(one.generation)} tok/s")
         lines += [f"  {one.change}: {', '.join(facts)}", f"    {command}"]
     return ["What would help, by a plan for each:", *lines] if lines else []

@@ -19,12 +19,12 @@ def describe_speed(speed: Speed, slots: int, is_here: bool) -> list[str]:
     """Two or three lines; `is_here` is whether the plan is for this machine, which can be measured."""
     if speed.generation is None:
         return ["How fast it is depends on the disk, which is read for every token: seconds to minutes a token."]
-    full = f", {_range(speed.generation_full)} with a full context" if speed.generation_full else ""
-    lines = [f"Generates {_range(speed.generation)} tok/s{full}: {speed.verdict}."]
+    full = f", {span(speed.generation_full)} with a full context" if speed.generation_full else ""
+    lines = [f"Generates {span(speed.generation)} tok/s{full}: {speed.verdict}."]
     if speed.prompt:
-        lines[0] += f"  Reads prompts at {_range(speed.prompt)} tok/s."
+        lines[0] += f"  Reads prompts at {span(speed.prompt)} tok/s."
     if slots > 1 and speed.throughput:
-        lines.append(f"All {slots} slots together generate {_range(speed.throughput)} tok/s.")
+        lines.append(f"All {slots} slots together generate {span(speed.throughput)} tok/s.")
     basis = [RESTS_ON.get(source, source) for source in speed.basis]
     measure = "; --read-bandwidth measures it" if is_here and "assumed" in speed.basis else ""
     lines.append(f"That rests on {', '.join(basis)}{measure}.")
@@ -51,7 +51,7 @@ def explain_speed(speed: Speed) -> str:
     return table(rows, header=header, right=(2, 3, 5, 6))
 
 
-def _range(values: Range) -> str:
+def span(values: Range) -> str:
     """Two figures that differ: "0.55 to 1.6", "39 to 61"."""
     low, high = (_figure(value) for value in (values.low, values.high))
     return low if low == high else f"{low} to {high}"

@@ -43,9 +43,10 @@ def contexts(header: Header, source: str, request: Request) -> list[Variant]:
     while tokens < longest:
         wanted.add(tokens)
         tokens *= 2
+    fixed = replace(request, allow=request.allow - {"ctx"})
     return [
         Variant(
-            f"{tokens:,}", header, replace(request, context_tokens=tokens), header.file_type, source,
+            f"{tokens:,}", header, replace(fixed, context_tokens=tokens), header.file_type, source,
             is_current=tokens == request.context_tokens, words=("-c", str(tokens)),
         )
         for tokens in sorted(wanted)
@@ -91,9 +92,10 @@ def _size_word(size_bytes: int) -> str:
 def slot_counts(header: Header, source: str, request: Request) -> list[Variant]:
     """More and more requests at once, each with as long a context as one has in what was asked for."""
     each = -(-request.context_tokens // request.slots)
+    fixed = replace(request, allow=request.allow - {"slots"})
     return [
         Variant(
-            str(slots), header, replace(request, slots=slots, context_tokens=each * slots), header.file_type, source,
+            str(slots), header, replace(fixed, slots=slots, context_tokens=each * slots), header.file_type, source,
             is_current=slots == request.slots, words=("--slots", str(slots), "-c", str(each * slots)),
         )
         for slots in sorted({*SLOTS, request.slots})

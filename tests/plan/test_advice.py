@@ -15,10 +15,11 @@ from harness import run_cli
 from pyllamarun import Machine, Model, Plan, Planner
 from pyllamarun.machine.cards import all_cards
 from pyllamarun.models.gguf import read_header
-from pyllamarun.plan.advice import advice_from, is_wanting, larger_card, largest_usable
+from pyllamarun.plan.advice import advice_from, down_to_usable, is_wanting, larger_card
 from pyllamarun.plan.compare import Row, rows_of
 from pyllamarun.plan.limits import resolve_limits
 from pyllamarun.plan.request import make_request
+from pyllamarun.plan.speed import Range
 from pyllamarun.plan.variants import Variant
 
 
@@ -30,22 +31,29 @@ def data_of(*arguments: str | Path) -> dict[str, Any]:
 
 
 def test_every_advice_is_a_plan_that_can_be_had(header_70b: Path) -> None:
-    options = ["--virtual-gpu", "12GiB", "--vram", "11GiB", "--ram", "25GiB"]
-    asked = data_of("plan", header_70b, *options)
-    assert asked["residency"]["verdict"] == "reread"
+    machine = ["--virtual-gpu", "12GiB", "--ram", "64GiB"]
+    asked = data_of("plan", header_70b, *machine, "--vram", "4GiB", "-c", "32768")
     found = {one["kind"]: one for one in asked["advice"]}
-    assert set(found) == {"quant", "context", "kv_cache", "vram", "card"}
-    best = asked["advice"][0]
-    assert best["stays_in_memory"]
+    assert set(found) == {"quant", "context", "vram", "card"}
     typed = {
-        "context": [*options, "-c", "2048"],
-        "vram": ["--virtual-gpu", "12GiB", "--ram", "25GiB"],
-        "kv_cache": [*options, "--", "-ctk", "q8_0", "-ctv", "q8_0"],
+        "context": [*machine, "--vram", "4GiB", "-c", "8192"],
+        "vram": [*machine, "-c", "32768"],
     }
     for kind, arguments in typed.items():
         plan, advice = data_of("plan", header_70b, "--no-advice", *arguments), found[kind]
         assert advice["vram_bytes"] == sum(device["total_bytes"] for device in plan["devices"]), kind
         assert (advice["gpu_layers"], advice["ram_bytes"]) == (plan["gpu_layers"], plan["host"]["total_bytes"]), kind
+        assert advice["generation"] == plan["speed"]["generation"], kind
+        assert advice["generation"]["low"] > asked["speed"]["generation"]["low"], kind
+
+
+def test_a_model_that_leaves_memory_is_told_what_stays_there(header_70b: Path) -> None:
+    asked = data_of("plan", header_70b, "--virtual-gpu", "12GiB", "--vram", "11GiB", "--ram", "25GiB")
+    assert asked["residency"]["verdict"] == "reread"
+    assert all(one["stays_in_memory"] for one in asked["advice"])
+    assert {one["kind"] for one in asked["advice"]} == {"quant", "ram", "card"}
+    (ram,) = (one for one in asked["advice"] if one["kind"] == "ram")
+    assert (ram["words"], ram["gpu_layers"]) == (["--ram", "48GiB"], asked["gpu_layers"])
 
 
 def test_what_does_not_fit_is_told_with_a_command_that_does(tiny: Callable[[str], Path]) -> None:
@@ -77,7 +85,7 @@ def row(plan: Plan, tiny: Callable[[str], Path]) -> Callable[..., Row]:
     def of(label: str, pace: float | None, **changes: Any) -> Row:
         variant = Variant(label, read_header(tiny("llama")), make_request(), "quant", "m.gguf")
         (plain,) = rows_of([variant], lambda _: plan)
-        return replace(plain, low_tokens_per_second=pace, high_tokens_per_second=pace, **changes)
+        return replace(plain, generation=None if pace is None else Range(pace, pace), **changes)
 
     return of
 
@@ -91,22 +99,20 @@ def test_the_largest_usable_type_is_found_in_few_plans(usable: int, row: Callabl
         asked.append(name)
         return row(name, 3.0 if types.index(name) >= usable else 1.0)
 
-    found = largest_usable(types, planned)
-    assert found is not None
-    assert found.label == types[min(usable, 5)]
+    found = down_to_usable(types, planned)
+    assert found[-1].label == types[min(usable, 5)]
+    assert [one.label for one in found] == sorted(name for name in asked if name <= found[-1].label)
     assert len(asked) <= 3
-    assert largest_usable([], planned) is None
+    assert down_to_usable([], planned) == []
 
 
 def test_only_what_is_clearly_better_is_advised(plan: Plan, row: Callable[..., Row]) -> None:
     assert not is_wanting(plan)
-    rows = [
-        row("all", None, gpu_layers=plan.layers, layers=plan.layers),
-        row("same", None, gpu_layers=plan.gpu_layers, layers=plan.layers),
-        row("none", None, plan=None),
-    ]
-    assert [one.change for one in advice_from(rows, plan)] == ["all"]
-    assert [one.change for one in advice_from(rows, None)] == ["all", "same"]
+    assert plan.speed.generation is not None
+    pace = plan.speed.generation.middle
+    rows = [row("same", pace), row("faster", 1.1 * pace), row("fastest", 2 * pace), row("none", None, plan=None)]
+    assert [one.change for one in advice_from(rows, plan)] == ["fastest", "faster"]
+    assert [one.change for one in advice_from(rows, None)] == ["fastest", "faster", "same"]
 
 
 def test_a_card_is_as_large_as_it_takes_and_no_larger(plan: Plan, tiny: Callable[[str], Path]) -> None:

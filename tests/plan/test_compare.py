@@ -19,6 +19,7 @@ from pyllamarun.models.types import FILE_TYPES
 from pyllamarun.plan.compare import Row, recommend, rows_of
 from pyllamarun.plan.plan import Plan
 from pyllamarun.plan.request import make_request
+from pyllamarun.plan.speed import Range
 from pyllamarun.plan.variants import Variant, contexts
 from pyllamarun.units import MIB
 from pyllamarun.whatif import compare
@@ -165,7 +166,7 @@ def row(some_plan: Plan, tiny: Callable[[str], Path]) -> Callable[..., Row]:
     (plain,) = rows_of([variant], lambda _: some_plan)
 
     def of(label: str, low: float | None, **changes: object) -> Row:
-        changes |= {"label": label, "low_tokens_per_second": low, "high_tokens_per_second": low}
+        changes |= {"label": label, "generation": None if low is None else Range(low, low)}
         return replace(plain, **changes)  # type: ignore[arg-type]
 
     return of
@@ -185,7 +186,9 @@ def test_a_larger_quantization_that_was_measured_to_be_worse_is_not(row: Callabl
     assert recommend("quants", rows)[0] == "Q4_K_M"
 
 
-def test_where_none_is_usable_the_fastest_is(row: Callable[..., Row]) -> None:
+def test_where_none_is_usable_the_best_of_the_fastest_is(row: Callable[..., Row]) -> None:
+    rows = [row("4,096", 1.59, context_tokens=4096), row("2,048", 1.6, context_tokens=2048)]
+    assert recommend("ctx", rows)[0] == "4,096"
     rows = [of_type(row, "Q4_K_M", 4.9, 0.7), of_type(row, "Q2_K", 3.0, 1.2)]
     label, reason = recommend("quants", rows)
     assert (label, reason.startswith("none reaches 2 tok/s")) == ("Q2_K", True)
@@ -198,11 +201,10 @@ def test_the_longest_context_that_is_usable_is(row: Callable[..., Row]) -> None:
 
 def test_as_many_slots_as_are_usable_together_are(row: Callable[..., Row]) -> None:
     def of(slots: int, total: float) -> Row:
-        changes = {"low_total_tokens_per_second": total, "high_total_tokens_per_second": total}
-        return row(str(slots), 4.0, slots=slots, **changes)
+        return row(str(slots), 4.0, slots=slots, throughput=Range(total, total))
 
     assert recommend("slots", [of(1, 4.0), of(2, 6.0), of(4, 8.0), of(8, 9.0)])[0] == "4"
-    assert recommend("slots", [of(1, 1.0), of(2, 1.5)])[0] == "1"
+    assert recommend("slots", [of(1, 1.0), of(2, 1.5), of(4, 1.4)])[0] == "2"
 
 
 def test_a_model_that_no_memory_holds_is_not_recommended_in_any_way(row: Callable[..., Row]) -> None:
@@ -215,7 +217,6 @@ def test_the_smallest_budget_that_is_about_as_fast_as_any_is(row: Callable[..., 
     assert recommend("vram", rows)[0] == "10"
 
 
-def test_nothing_is_recommended_that_does_not_fit_or_is_not_predicted(row: Callable[..., Row]) -> None:
+def test_nothing_is_recommended_that_does_not_fit(row: Callable[..., Row]) -> None:
     assert recommend("ctx", [row("a", None, plan=None)]) == ("", "None of these fits.")
-    assert recommend("ctx", [row("a", None)])[0] == ""
     assert recommend("ctx", [row("a", None, plan=None), row("b", 3.0)])[0] == "b"

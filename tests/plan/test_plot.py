@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import shapes
 from harness import run_cli
 from matplotlib.figure import Figure
+from synthetic import Spec
 
 from pyllamarun import Machine, Model, Planner
 from pyllamarun.errors import UsageError
 from pyllamarun.plan.compare import Comparison
 from pyllamarun.plan.plot import check_plot, draw_comparison, used_from, weights_by_layer, write_plot
 from pyllamarun.plan.request import make_request
+from pyllamarun.plan.speed import Range
 from pyllamarun.whatif import compare
 
 WISHES = {"vram": "312MiB", "overhead": "300MiB", "context": 1024}
@@ -28,18 +31,19 @@ def planner() -> Iterator[Planner]:
         yield planner
 
 
-@pytest.mark.parametrize(("architecture", "vram"), [("llama", "306MiB"), ("qwen3moe", "308MiB"), ("gemma3", "310MiB")])
-def test_the_layers_that_are_drawn_add_up_to_the_plan(
-    architecture: str, vram: str, planner: Planner, tiny: Callable[[str], Path]
-) -> None:
-    model = Model.open(tiny(architecture))
-    plan = planner.plan(model, make_request(vram=vram, overhead="300MiB", context=1024))
+@pytest.mark.parametrize(
+    "spec", [shapes.llama_8b(8), shapes.qwen3_30b_a3b(6), shapes.gemma3_12b(8)], ids=lambda s: s.arch
+)
+def test_the_layers_that_are_drawn_add_up_to_the_plan(spec: Spec, planner: Planner, tmp_path: Path) -> None:
+    model = Model.open(shapes.write(spec, tmp_path / "m.gguf"))
+    plan = planner.plan(model, make_request(vram="1GiB", overhead="300MiB", context=1024))
     on_gpu, on_cpu = weights_by_layer(plan, model.header)
     assert len(on_gpu) == plan.layers
     padding_bytes = sum(device.weights_bytes for device in plan.devices) - sum(on_gpu)  # of rows, to 512 elements
     assert 0 <= padding_bytes < 512 * len(model.header.tensors)
     assert sum(on_gpu) > 0
     assert sum(on_cpu) > 0
+    assert plan.left_on_cpu
     assert used_from(plan, on_gpu)[0] == sum(device.total_bytes for device in plan.devices)
 
 
@@ -68,7 +72,7 @@ def test_a_comparison_is_drawn_beside_its_rows(tiny: Callable[[str], Path], tmp_
 def test_speeds_are_drawn_from_low_to_high(axis: str, planner: Planner, tiny: Callable[[str], Path]) -> None:
     comparison = compare(planner, Model.open(tiny("llama")), make_request(**WISHES), axis)
     rows = tuple(
-        replace(row, low_tokens_per_second=1.0 + place, high_tokens_per_second=2.0 + place)
+        replace(row, generation=Range(1.0 + place, 2.0 + place))
         for place, row in enumerate(row for row in comparison.rows if row.fits)
     )
     axes = Figure().subplots()
