@@ -180,26 +180,32 @@ def _weights(header: Header, answer: Answer, device_of: DeviceOf, hardware: Hard
     used = used_share(header, use.slots)
     once = used_share(header, 1)
     read: dict[tuple[str, str, str, bool], float] = {}
+    rows: dict[tuple[str, str, str, bool], float] = {}
     operations: dict[tuple[str, str, str, bool], float] = {}
     for matrix in matrices(header, answer, device_of, hardware.host):
         tensor = matrix.tensor
         key = (matrix.device, tensor.type.name, matrix.layout, matrix.is_expert)
-        read[key] = read.get(key, 0.0) + tensor.size_bytes * (used if matrix.is_expert else 1.0)
+        share = used if matrix.is_expert else 1.0
+        read[key] = read.get(key, 0.0) + share * tensor.size_bytes
+        rows[key] = rows.get(key, 0.0) + share * math.prod(tensor.shape[1:])
         if use.slots > 1:
             elements = math.prod(tensor.shape) * (once if matrix.is_expert else 1.0)
             operations[key] = operations.get(key, 0.0) + 2.0 * elements * use.slots
     for key, size in read.items():
         device, kind, layout, is_expert = key
         if device == CPU:
-            rate, source = hardware.host.read_rate(kind, layout, use.threads), hardware.host.source
+            seconds, source = (
+                hardware.host.read_seconds(kind, layout, size, rows[key], use.threads),
+                hardware.host.source,
+            )
             compute = hardware.host.product_rate(kind, layout, use.threads)
         else:
             gpu = hardware.gpu(device)
-            rate, source = gpu_read_rate(gpu, is_expert), gpu.source
+            seconds, source = size / gpu_read_rate(gpu, is_expert), gpu.source
             compute = gpu_product_rate(gpu)
-        seconds = max(size / rate, operations.get(key, 0.0) / compute)
+        seconds = max(seconds, operations.get(key, 0.0) / compute)
         what = f"{'experts' if is_expert else 'weights'} {kind}{' repacked' if layout == REPACKED else ''}"
-        yield Term(what, device, round(size), rate, source, seconds)
+        yield Term(what, device, round(size), size / seconds, source, seconds)
 
 
 def gpu_read_rate(gpu: GpuRates, is_expert: bool = False) -> float:
