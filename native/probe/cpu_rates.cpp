@@ -34,7 +34,7 @@ constexpr double kPerRead = 0.025, kPerRate = 0.005, kSlowest = 0.04;
 constexpr int kFewest = 3, kMost = 64;
 constexpr int64_t kWidth = 4096, kNarrow = 512, kBatch = 128, kBatchRows = 256;
 constexpr int64_t kHeads = 32, kKeyHeads = 8, kHeadLength = 128, kTokens = 1024;
-constexpr int64_t kSmall = 256, kSmallRows = 32, kNodes = 64;
+constexpr int64_t kNodes = 64;
 
 // Several times the last-level cache that these cores share, so that hardly anything is read from it.
 size_t ring_size() {
@@ -352,31 +352,59 @@ json attention_rates(const Backend & backend, Weights & cache) {
     return results;
 }
 
-// Seconds of a graph of `count` steps: sums, or products so small that they cost what every product does.
-double chain_time(const Backend & backend, Weights & weights, int64_t count, bool products) {
+// Seconds of a graph of `count` steps, each of which waits for the one before.
+double chain_time(const Backend & backend, int64_t count) {
     Graph graph;
-    ggml_tensor * vector = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, products ? kSmall : kWidth);
-    ggml_tensor * matrix = ggml_new_tensor_2d(graph.inputs(), GGML_TYPE_Q4_K, kSmall, kSmallRows);
-    ggml_backend_tensor_alloc(weights.buffer, matrix, weights.ring.data());
-    std::vector<ggml_tensor *> results{vector};
+    ggml_tensor * other = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, kWidth);
+    ggml_tensor * result = other;
     for (int64_t i = 0; i < count; i++) {
-        results.push_back(products ? ggml_mul_mat(graph.nodes(), matrix, vector)
-                                   : ggml_add(graph.nodes(), results.back(), vector));
+        result = ggml_add(graph.nodes(), result, other);
     }
-    ggml_cgraph * steps = graph.up_to(results, backend);
+    ggml_cgraph * steps = graph.up_to({result}, backend);
     return time_of([&] { backend.compute(steps); });
+}
+
+// Seconds of `count` products of small matrices, or of one that has the rows of all.
+double products_time(const Backend & backend, Weights & weights, int64_t count, int64_t rows) {
+    Graph graph;
+    ggml_tensor * vector = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, kNarrow);
+    std::vector<ggml_tensor *> matrices, products;
+    for (int64_t i = 0; i < count; i++) {
+        matrices.push_back(ggml_new_tensor_2d(graph.inputs(), GGML_TYPE_Q4_0, kNarrow, rows));
+        ggml_backend_tensor_alloc(weights.buffer, matrices.back(), weights.ring.data());
+        products.push_back(ggml_mul_mat(graph.nodes(), matrices.back(), vector));
+    }
+    if (!backend.supports(products[0]) || (weights.repacked && !matrices[0]->extra)) {
+        return 0;
+    }
+    ggml_cgraph * steps = graph.up_to(products, backend);
+    return time_of([&] {
+        for (ggml_tensor * matrix : matrices) {
+            matrix->data = weights.ring.next(ggml_nbytes(matrix));
+        }
+        backend.compute(steps);
+    });
+}
+
+// What a product costs besides its bytes and rows, by layout: threads wait for one another, and memory for them.
+json product_seconds(const Backend & backend, std::vector<Weights> & layouts) {
+    json results;
+    for (Weights & weights : layouts) {
+        const double many = products_time(backend, weights, kNodes, kNarrow);
+        const double one = products_time(backend, weights, 1, kNodes * kNarrow);
+        results[weights.repacked ? "repacked" : "plain"] = std::max(0.0, (many - one) / double(kNodes - 1));
+    }
+    return results;
 }
 
 json rates(int threads, std::vector<Weights> & layouts, bool with_more) {
     const Backend backend(threads);
-    const double short_chain = chain_time(backend, layouts[0], 1, false);
-    const double node = (chain_time(backend, layouts[0], kNodes, false) - short_chain) / double(kNodes - 1);
-    const double product =
-        (chain_time(backend, layouts[0], kNodes, true) - chain_time(backend, layouts[0], 1, true)) / double(kNodes - 1);
+    const double short_chain = chain_time(backend, 1);
+    const double node = (chain_time(backend, kNodes) - short_chain) / double(kNodes - 1);
     return {{"threads", threads},
             {"graph_seconds", std::max(0.0, short_chain - node)},
             {"node_seconds", node},
-            {"product_seconds", product},
+            {"product_seconds", product_seconds(backend, layouts)},
             {"weights", weight_rates(backend, layouts, with_more)},
             {"attention", attention_rates(backend, layouts[0])}};
 }

@@ -7,7 +7,7 @@
 //
 //   {"threads": 8, "best_threads": 6, "buffer_bytes": …, "preemptions": …,
 //    "read": [{"threads": 1, "bytes_per_second": …}, …],
-//    "one": {"graph_seconds": …, "node_seconds": …, "product_seconds": …,
+//    "one": {"graph_seconds": …, "node_seconds": …, "product_seconds": {"plain": …, "repacked": …},
 //            "weights": [{"type": "Q4_0", "layout": "plain" | "repacked", "bytes_per_second": …}, …],
 //            "attention": [{"type": "F16", "elements_per_second": …}, …]},
 //    "all": {the same with all threads; its weights also have "row_seconds" and "flops_per_second"}}

@@ -104,7 +104,7 @@ def _thread_rates(data: Mapping[str, Any]) -> ThreadRates:
         products={key: _positive(one["flops_per_second"]) for key, one in weights.items() if "flops_per_second" in one},
         attention={one["type"].upper(): _positive(one["elements_per_second"]) for one in data["attention"]},
         node_seconds=max(0.0, float(data["node_seconds"])),
-        product_seconds=max(0.0, float(data["product_seconds"])),
+        product_seconds={layout: max(0.0, float(one)) for layout, one in data["product_seconds"].items()},
         graph_seconds=max(0.0, float(data["graph_seconds"])),
     )
 

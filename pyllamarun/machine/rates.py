@@ -28,7 +28,7 @@ class ThreadRates:
     products: Rates
     attention: Mapping[str, float]
     node_seconds: float
-    product_seconds: float
+    product_seconds: Mapping[str, float]
     graph_seconds: float
 
 
@@ -59,10 +59,13 @@ class HostRates:
             return most
         return min(most, threads * _rate(self.one.weights, name, layout))
 
-    def read_seconds(self, name: str, layout: str, size_bytes: float, rows: float, threads: int | None = None) -> float:
-        """A product with one vector, of matrices of so many bytes and rows."""
+    def read_seconds(
+        self, name: str, layout: str, size_bytes: float, rows: float, matrices: int, threads: int | None = None
+    ) -> float:
+        """Products with one vector, of matrices that have so many bytes and rows together."""
         each = self.all.rows.get((name, layout), 0.0) * (self.threads / min(threads or self.threads, self.threads))
-        return size_bytes / self.read_rate(name, layout, threads) + rows * each
+        products = matrices * self.all.product_seconds.get(layout, 0.0)
+        return size_bytes / self.read_rate(name, layout, threads) + rows * each + products
 
     def product_rate(self, name: str, layout: str, threads: int | None = None) -> float:
         """Floating operations per second in products with many vectors."""
