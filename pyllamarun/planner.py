@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from pyllamarun import paths
+from pyllamarun.errors import ModelError
 from pyllamarun.machine.cards import identify
 from pyllamarun.machine.gpu import GpuSurvey
 from pyllamarun.machine.host import Memory, memory_of, read_memory
@@ -23,6 +24,7 @@ from pyllamarun.machine.machine import HERE, Machine
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
 from pyllamarun.models.skeleton import write_skeleton
+from pyllamarun.output import printable
 from pyllamarun.plan.plan import Plan, make_plan
 from pyllamarun.plan.probe import Answer, Device, Probe, Refused
 from pyllamarun.plan.request import Budget, Request, make_request
@@ -33,6 +35,7 @@ from pyllamarun.run.stage import CARDS, REAL, Stage, open_probe, open_stage, sur
 
 # Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.
 NEEDS_VOCABULARY = ("-bs", "--backend-sampling")
+UNKNOWN_ARCHITECTURE = "unknown model architecture"  # llama_model_create
 NEIGHBOUR_SECONDS = 2.0  # for the driver to say who holds memory; a plan does without
 
 
@@ -144,7 +147,7 @@ class _Questions:
 
     def __init__(self, probe: Probe, header: Header, skeleton: Path, rehearsals: Rehearsals) -> None:
         self._probe, self._rehearsals = probe, rehearsals
-        self._model, self._skeleton = str(header.path), str(skeleton)
+        self._model, self._architecture, self._skeleton = str(header.path), header.architecture, str(skeleton)
 
     def __call__(self, arguments: Sequence[str]) -> Answer:
         return self._rehearsals.applied(arguments, self._answer(arguments))
@@ -156,6 +159,12 @@ class _Questions:
             return self._probe.ask(["-m", self._skeleton, *arguments[2:]])
         except Refused as error:
             what, why = (text.replace(self._skeleton, self._model) for text in (error.what, error.why))
+            if UNKNOWN_ARCHITECTURE in why and self._model in what:
+                raise ModelError(
+                    f"{self._model}: llama.cpp does not know the architecture {printable(self._architecture)}.",
+                    why="It is newer than this llama.cpp, or not meant for it.",
+                    remedy="Take another model; `pyllamarun --version` says which llama.cpp this is.",
+                ) from None
             raise Refused(what, why=why) from None
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import synthetic
 from harness import PYLLAMARUN, free_port, read_state, run_cli, start_cli
 
 from pyllamarun.run.binaries import Binaries
@@ -126,6 +127,9 @@ ERRORS = {
     "no GGUF": (["plan", "/etc/passwd"], 4, "is not a GGUF file"),
     "a budget below the least": (["plan", "{model}", *CARD, "--vram", "310MiB"], 3, "Even with every layer on the CPU"),
     "a budget above the card": (["plan", "{model}", *CARD, "--vram", "1GiB"], 3, "the card has 450.0 MiB"),
+    "a budget for RAM above the machine": (["plan", "{model}", "--ram", "9999TiB"], 3, "this machine has"),
+    "a budget for RAM that is none": (["plan", "{model}", "--ram", "8GiB,8GiB"], 2, "is no size"),
+    "a budget for RAM below the least": (["plan", "{model}", *CARD, "--ram", "1MiB"], 3, "--ram allows 1.0 MiB"),
     "an empty budget": (["plan", "{model}", *CARD, "--vram", ""], 2, "is no size"),
     "an empty list of cards": (["plan", "{model}", "--virtual-gpu", ""], 2, "is no size"),
     "a card larger than any": (["plan", "{model}", "--virtual-gpu", "9999999TiB"], 2, "neither a card nor the size"),
@@ -150,6 +154,29 @@ def test_errors(arguments: list[str], exit_code: int, message: str, smollm2: Pat
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_an_unknown_architecture_is_an_error_of_the_model(tmp_path: Path) -> None:
+    spec = synthetic.llama()
+    spec.arch = "nonesuch"
+    result = run_cli("plan", synthetic.write(spec, tmp_path / "model.gguf"), *CARD)
+    assert result.returncode == 4
+    assert "llama.cpp does not know the architecture nonesuch" in result.stderr
+
+
+def test_ram_has_a_budget_too(header_70b: Path) -> None:
+    """Mapped weights may be read again; what is copied into memory must fit."""
+    card = ("--virtual-gpu", "12GiB")
+    small = json.loads(run_cli("plan", header_70b, *card, "--ram", "16GiB", "--json").stdout)["data"]
+    assert small["residency"]["verdict"] == "reread"
+    assert small["residency"]["limit_bytes"] == 16 * GIB
+    assert small["argv"][-2:] == ["--cache-ram", "0"]
+    large = run_cli("plan", header_70b, *card, "--ram", "64GiB")
+    assert "All of it stays in memory" in large.stdout
+    copied = run_cli("plan", header_70b, *card, "--ram", "16GiB", "--", "-lm", "none")
+    assert (copied.returncode, "of it pinned; --ram allows 16.00 GiB" in copied.stderr) == (3, True)
+    forced = run_cli("plan", header_70b, *card, "--ram", "16GiB", "--force", "--", "-lm", "none")
+    assert (forced.returncode, "was forced" in forced.stdout) == (0, True)
 
 
 def test_an_overhead_that_is_given_is_what_the_card_reserves(smollm2: Path) -> None:
