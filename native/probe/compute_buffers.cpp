@@ -105,40 +105,83 @@ std::vector<uint32_t> sampled_sizes(size_t n, size_t count, uint32_t n_ubatch) {
     return is_sampled(n) ? std::vector<uint32_t>{n_ubatch} : std::vector<uint32_t>{};
 }
 
-// Calls visit(shape, prompt_tokens, memory) for ubatches of the longest prompt that llama-server accepts, one token
-// less than a slot holds, split as llama_context::decode splits it; prompt_tokens is the length of a prompt that ends
-// with this ubatch.
+// The longest prompt that llama-server accepts: one token less than a slot holds.
+uint32_t longest_prompt(const llama_context & context) { return context.get_cparams().n_ctx_seq - 1; }
+
+// Calls visit(ubatch, memory) for the ubatches of a batch, split as llama_context::decode splits it.
+template <typename Visit>
+void split(llama_context & context, common_batch & batch, const Visit & visit) {
+    llama_batch_allocr allocator(context.get_model().hparams.n_pos_per_embd());
+    if (!allocator.init(*batch.get(), context.get_model().vocab, /*output_all=*/false)) {
+        throw std::runtime_error("llama.cpp refuses a prompt as long as the context");
+    }
+    const uint32_t n_ubatch = context.get_cparams().n_ubatch;
+    llama_memory_context_ptr memory = context.get_memory()->init_batch(allocator, n_ubatch, false);
+    if (!memory || memory->get_status() != LLAMA_MEMORY_STATUS_SUCCESS) {
+        throw std::runtime_error("llama.cpp finds no room for a prompt as long as the context");
+    }
+    do {
+        memory->apply();
+        visit(memory->get_ubatch(), memory.get());
+    } while (memory->next());
+}
+
+// Calls visit(shape, prompt_tokens, memory) for ubatches of the longest prompt in one slot; prompt_tokens is the length
+// of a prompt that ends with this ubatch.
 template <typename Visit>
 void fill_a_slot(llama_context & context, const Visit & visit) {
     const llama_cparams & params = context.get_cparams();
-    const uint32_t longest = params.n_ctx_seq - 1;
+    const uint32_t longest = longest_prompt(context);
     const size_t count = (longest + params.n_ubatch - 1) / params.n_ubatch;
     uint32_t filled = 0;
     size_t n = 0;
     while (filled < longest) {
         const uint32_t size = std::min(params.n_batch, longest - filled);
         common_batch batch = common_batch_get_one(&context, std::vector<llama_token>(size, 0));
-        llama_batch_allocr allocator(context.get_model().hparams.n_pos_per_embd());
-        if (!allocator.init(*batch.get(), context.get_model().vocab, /*output_all=*/false)) {
-            throw std::runtime_error("llama.cpp refuses a prompt as long as the context");
-        }
-        llama_memory_context_ptr memory = context.get_memory()->init_batch(allocator, params.n_ubatch, false);
-        if (!memory || memory->get_status() != LLAMA_MEMORY_STATUS_SUCCESS) {
-            throw std::runtime_error("llama.cpp finds no room for a prompt as long as the context");
-        }
-        do {
-            memory->apply();
-            const uint32_t n_ubatch = memory->get_ubatch().n_tokens;
+        split(context, batch, [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
+            const uint32_t n_ubatch = ubatch.n_tokens;
             for (uint32_t tokens : sampled_sizes(n, count, n_ubatch)) {
                 const uint32_t outputs = params.embeddings ? tokens : 1;
-                visit(Shape{tokens, 1, outputs}, filled + tokens, memory.get());
+                visit(Shape{tokens, 1, outputs}, filled + tokens, memory);
             }
             if (is_sampled(n) && filled + n_ubatch < longest && !params.embeddings) {
-                visit(Shape{n_ubatch, 1, kNone}, filled + n_ubatch + 1, memory.get());
+                visit(Shape{n_ubatch, 1, kNone}, filled + n_ubatch + 1, memory);
             }
             filled += n_ubatch;
             n++;
-        } while (memory->next());
+        });
+    }
+}
+
+// The same for the longest prompts in all slots at once, batched as llama-server does: those that generate first, then
+// prompts, each as far as there is room.  Where slots share one cache, a ubatch is in effect that of one long prompt.
+template <typename Visit>
+void fill_all_slots(llama_context & context, const Visit & visit) {
+    const llama_cparams & params = context.get_cparams();
+    const uint32_t longest = longest_prompt(context);
+    std::vector<uint32_t> filled(params.n_seq_max, 0);
+    size_t n = 0;
+    while (std::any_of(filled.begin(), filled.end(), [&](uint32_t tokens) { return tokens < longest; })) {
+        common_batch batch(&context);
+        uint32_t room = params.n_batch;
+        for (uint32_t slot = 0; slot < params.n_seq_max && room > 0; slot++) {
+            if (filled[slot] == longest) {
+                batch.add(0, int32_t(filled[slot]++), int32_t(slot), /*output=*/true);
+                room--;
+            }
+        }
+        for (uint32_t slot = 0; slot < params.n_seq_max; slot++) {
+            for (; filled[slot] < longest && room > 0; filled[slot]++, room--) {
+                batch.add(0, int32_t(filled[slot]), int32_t(slot), params.embeddings || filled[slot] + 1 == longest);
+            }
+        }
+        split(context, batch, [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
+            const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
+            const uint32_t sequences = params.kv_unified ? 1 : ubatch.n_seqs;
+            if (is_sampled(n++)) {
+                visit(Shape{ubatch.n_tokens, sequences, outputs > 0 ? outputs : kNone}, longest, memory);
+            }
+        });
     }
 }
 
@@ -160,6 +203,10 @@ Share measure_share(llama_context & context, size_t first, size_t stride) {
     }
     if (context.get_memory()) {
         fill_a_slot(context, measure);
+        if (context.get_cparams().n_seq_max > 1) {
+            context.get_memory()->clear(/*data=*/false);
+            fill_all_slots(context, measure);
+        }
     }
     return share;
 }

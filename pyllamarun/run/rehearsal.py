@@ -92,9 +92,9 @@ def rehearse(
     with ready_server(running, argv, stage.environment, "127.0.0.1", port, log) as server:
         meter.start(server.process.pid)
         lengths: list[int] = []
-        for prompts in _prompts(plan):
+        for number, prompts in enumerate(_prompts(plan)):
             progress(" + ".join(f"{length:,}" for length in prompts) + " tokens")
-            _prompt(server, plan, prompts)
+            _prompt(server, plan, prompts, token=int(number == 0))
             lengths += prompts
         usages = meter.read()
     devices = [_compare(device, usage, stage) for device, usage in zip(plan.devices, usages, strict=True)]
@@ -129,18 +129,18 @@ def _compare(device: DevicePlan, usage: Usage, stage: Stage) -> DeviceRehearsal:
 def _prompts(plan: Plan) -> Iterator[list[int]]:
     """Token counts of the prompts to send at once, one after the other; what a slot has of a prompt it need not redo.
 
-    A full context in every slot; the prompt of which the plan says that it makes the compute buffer grow most; and ends
-    of a full context, in ubatches of many sizes and of several slots together: how a kernel's work is divided depends
-    on them, and the largest does not always need the most scratch memory.
+    The prompt of which the plan says that it makes the compute buffer grow most, of which nothing else has a part; a
+    full context in every slot; and ends of a full context, in ubatches of many sizes and of several slots together: how
+    a kernel's work is divided depends on them, and the largest does not always need the most scratch memory.
     """
     # server_context_impl::load_model caps a slot's context at what the model was trained for.
     longest = min(plan.slot_context_tokens, plan.trained_context_tokens or plan.slot_context_tokens) - 1
     ubatch = int(fixed_value(plan.argv, "-ub", "--ubatch-size") or DEFAULT_UBATCH_TOKENS)
     if has_option(plan.argv, *EMBEDDING):
         longest = min(longest, ubatch)  # it has to be taken in at once
-    yield [longest] * plan.slots
     if plan.worst_prompt_tokens:
         yield [min(plan.worst_prompt_tokens, longest)]
+    yield [longest] * plan.slots
     yield [longest]
     for part in range(UBATCH_PARTS - 1, 0, -1):
         size = ubatch * part // UBATCH_PARTS
@@ -155,9 +155,9 @@ def _prompts(plan: Plan) -> Iterator[list[int]]:
         slots = min(2 * slots, plan.slots) if slots < plan.slots else slots + 1
 
 
-def _prompt(server: Server, plan: Plan, lengths: Sequence[int]) -> None:
+def _prompt(server: Server, plan: Plan, lengths: Sequence[int], token: int) -> None:
     """Sends prompts of so many tokens in one request, so that they are batched, and waits for a token from each."""
-    reason = _complete(_request(server, plan, [[0] * length for length in lengths]))
+    reason = _complete(_request(server, plan, [[token] * length for length in lengths]))
     if not reason:
         return
     try:
