@@ -4,10 +4,10 @@
     python benchmarks/speed_accuracy.py [--folder FOLDER] [--repetitions N]
 
 SmolLM2-135M (the package in scripts/demo-model.txt) and two models of random weights, a dense one of a billion
-parameters and one of experts, each in F16 and requantized to Q4_0, Q4_K_M, Q6_K and Q2_K.  Before each the CPU's rates are
-measured as `--read-bandwidth` does, since on a machine that others share they change in minutes; then the model is
-predicted from its header, and run by llama-bench, of whose repetitions the one counts that was disturbed least.  The models
-are written to FOLDER once, 10 GB.
+parameters and one of experts, each in F16 and requantized to Q4_0, Q4_K_M, Q6_K and Q2_K.  Before each, the CPU's rates
+are measured as `--read-bandwidth` does, since on a machine that others share they change within minutes; then the model
+is predicted from its header, and run by llama-bench, of whose repetitions the one counts that was disturbed least.  The
+models are written to FOLDER once, 10 GB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import numpy as np
 import shapes
 from synthetic import Spec, attention, common, experts, feed_forward
 
-from pyllamarun.cli.planning import open_probe
 from pyllamarun.machine.bandwidth import measure
 from pyllamarun.machine.rates import HostRates
 from pyllamarun.models.gguf import read_header
@@ -39,7 +38,7 @@ from pyllamarun.plan.speed import Speed, predict
 from pyllamarun.plan.token_cost import Use
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.process import output_of
-from pyllamarun.run.stage import real_stage
+from pyllamarun.run.stage import open_probe, real_stage
 
 TYPES = ("F16", "Q4_0", "Q4_K_M", "Q6_K", "Q2_K")
 TOKENS = 32

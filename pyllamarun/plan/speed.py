@@ -24,7 +24,7 @@ from pyllamarun.plan.token_cost import (
 )
 
 # By how much a rate may be wrong either way, by where it comes from.
-SPREAD = {MEASURED: 0.12, NVML: 0.20, SPECIFICATION: 0.20, NOMINAL: 0.20, "assumed": 0.50}
+SPREAD = {MEASURED: 0.15, NVML: 0.20, SPECIFICATION: 0.20, NOMINAL: 0.20, "assumed": 0.50}
 TELLING = 0.01  # a smaller share of the time is nothing that a prediction rests on
 PROMPT_SPREAD = 0.15  # more, for a prompt
 
