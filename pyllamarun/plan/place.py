@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.gguf import Header
-from pyllamarun.plan.hardware import UNKNOWN, Hardware
+from pyllamarun.plan.hardware import ASSUMED, UNKNOWN, Hardware
 from pyllamarun.plan.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout, Room
 from pyllamarun.plan.limits import DEVICES, Limit
 from pyllamarun.plan.placement import Placement
@@ -72,9 +72,21 @@ class _Gpus:
         return self.only(limit for limit in self.limits if placement.used_bytes(limit) <= limit.limit_bytes)
 
 
-def _in_order(limits: tuple[Limit, ...]) -> _Gpus:
-    """The one that may hold most first: it computes what the CPU hands over of prompts, and is filled first."""
-    ordered = tuple(sorted(limits, key=lambda one: (-one.limit_bytes, -one.device.total_bytes, one.device.description)))
+def _in_order(limits: tuple[Limit, ...], hardware: Hardware) -> _Gpus:
+    """The fastest first, where all speeds are known, then the one that may hold most.  The first computes what the CPU
+    hands over of prompts, and is filled first.
+
+    Only those of other machines go before it, which compute nothing for the CPU (ggml-rpc has no offload_op): so that
+    activations cross the network, and not the output, which is many times larger.
+    """
+    speeds = [hardware.gpu(limit.device.name) for limit in limits]
+    known = all(gpu.source != ASSUMED for limit, gpu in zip(limits, speeds) if not limit.is_remote)
+
+    def rank(limit: Limit) -> tuple[bool, float, int, int, str]:
+        speed = hardware.gpu(limit.device.name).bandwidth_bytes_per_second if known and not limit.is_remote else 0.0
+        return not limit.is_remote, -speed, -limit.limit_bytes, -limit.device.total_bytes, limit.device.description
+
+    ordered = tuple(sorted(limits, key=rank))
     return _Gpus(ordered, ordered != limits)
 
 
@@ -93,7 +105,7 @@ class _Search:
         self._placed_by_user = has_option(request.passthrough, *OVERRIDES)
         self._split_by_user = has_option(request.passthrough, *SPLITS)
         self.may_choose_gpus = not self._split_by_user and not has_option(request.passthrough, *DEVICES)
-        self.gpus = _in_order(limits) if self.may_choose_gpus else _Gpus(limits, False)
+        self.gpus = _in_order(limits, hardware) if self.may_choose_gpus else _Gpus(limits, False)
         self._known: dict[tuple[str, ...], Placement] = {}
         self._layers: Layers | None = None
 
@@ -117,21 +129,39 @@ class _Search:
         return replace(placement, division=Division("layers", layers, layers))
 
     def everything(self, nothing: Placement) -> Placement | None:
-        """All layers on as few GPUs as hold them; None if all of them do not."""
-        layers = self._model(nothing)
-        division = nothing.division
-        needed = sum(layers.sizes(division, layers.count)) + nothing.answer.bytes(use="context")
-        if self._split_by_user and len(self.gpus.limits) > 1:
+        """All layers on one GPU, or the first few: whichever is predicted faster; None if all of them do not hold it.
+
+        Those that are not needed then hold nothing.
+        """
+        limits, division = self.gpus.limits, nothing.division
+        if self._split_by_user and len(limits) > 1:
             return None
-        for count in range(1 if self.may_choose_gpus else len(self.gpus.limits), len(self.gpus.limits) + 1):
-            gpus = self.gpus if count == len(self.gpus.limits) else self.gpus.only(self.gpus.limits[:count])
-            if needed <= sum(limit.limit_bytes - limit.overhead_bytes for limit in gpus.limits):
-                found = self._everything_on(gpus, division, nothing)
-                if found:
-                    return found
+        if not self.may_choose_gpus:
+            return self._everything_on(self.gpus, division, nothing)
+        here = [limit for limit in limits if not limit.is_remote]
+        wanted = [*here, *(limit for limit in limits if limit.is_remote)]
+        alone = self._first_that_holds([{limit} for limit in wanted], division, nothing)
+        if alone and alone.devices == (wanted[0].device.name,):
+            return alone
+        several = self._first_that_holds([set(wanted[:n]) for n in range(2, len(limits) + 1)], division, nothing)
+        found = [placement for placement in (alone, several) if placement]
+        return min(found, key=lambda placement: self._cost(placement).seconds, default=None)
+
+    def _first_that_holds(
+        self, choices: Sequence[set[Limit]], division: Division, nothing: Placement
+    ) -> Placement | None:
+        for chosen in choices:
+            everyone = len(chosen) == len(self.gpus.limits)
+            gpus = self.gpus if everyone else self.gpus.only(one for one in self.gpus.limits if one in chosen)
+            found = self._everything_on(gpus, division, nothing)
+            if found:
+                return found
         return None
 
     def _everything_on(self, gpus: _Gpus, division: Division, nothing: Placement) -> Placement | None:
+        needed = sum(self._model(nothing).sizes(division, division.steps)) + nothing.answer.bytes(use="context")
+        if needed > sum(limit.limit_bytes - limit.overhead_bytes for limit in gpus.limits):
+            return None
         shared = self._shared(gpus, division, division.steps, nothing)
         if shared.fits:
             return shared
@@ -283,7 +313,7 @@ class _Search:
     def _room(self, gpus: _Gpus, division: Division, like: Placement, besides: Sequence[float] | None = None) -> Room:
         others = self._besides(gpus, like) if besides is None else besides
         rooms = tuple(max(0.0, limit.limit_bytes - other) for limit, other in zip(gpus.limits, others))
-        return Room(self._model(like), division, self._context(like), rooms)
+        return Room(self._model(like), division, self._context(like), rooms, gpus.limits[0].is_remote)
 
     def _besides(self, gpus: _Gpus, placement: Placement) -> tuple[float, ...]:
         """What each GPU holds besides the tensors that the arithmetic knows of."""
