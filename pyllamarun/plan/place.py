@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.gguf import Header
-from pyllamarun.plan.hardware import ASSUMED, UNKNOWN, Hardware
+from pyllamarun.plan.gpus import Gpus, in_order
+from pyllamarun.plan.hardware import UNKNOWN, Hardware
 from pyllamarun.plan.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout, Room
 from pyllamarun.plan.limits import DEVICES, Limit
 from pyllamarun.plan.placement import Placement
@@ -53,43 +54,6 @@ def place(
     return search.everything(nothing) or search.best(nothing)
 
 
-@dataclass(frozen=True)
-class _Gpus:
-    """GPUs that take part, in the order in which they take layers; `named` is whether that must be said."""
-
-    limits: tuple[Limit, ...]
-    named: bool
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(limit.device.name for limit in self.limits)
-
-    def only(self, limits: Iterable[Limit]) -> _Gpus:
-        return _Gpus(tuple(limits), True)
-
-    def with_room(self, placement: Placement) -> _Gpus:
-        """Those on which a placement fits."""
-        return self.only(limit for limit in self.limits if placement.used_bytes(limit) <= limit.limit_bytes)
-
-
-def _in_order(limits: tuple[Limit, ...], hardware: Hardware) -> _Gpus:
-    """The fastest first, where all speeds are known, then the one that may hold most.  The first computes what the CPU
-    hands over of prompts, and is filled first.
-
-    Only those of other machines go before it, which compute nothing for the CPU (ggml-rpc has no offload_op): so that
-    activations cross the network, and not the output, which is many times larger.
-    """
-    speeds = [hardware.gpu(limit.device.name) for limit in limits]
-    known = all(gpu.source != ASSUMED for limit, gpu in zip(limits, speeds) if not limit.is_remote)
-
-    def rank(limit: Limit) -> tuple[bool, float, int, int, str]:
-        speed = hardware.gpu(limit.device.name).bandwidth_bytes_per_second if known and not limit.is_remote else 0.0
-        return not limit.is_remote, -speed, -limit.limit_bytes, -limit.device.total_bytes, limit.device.description
-
-    ordered = tuple(sorted(limits, key=rank))
-    return _Gpus(ordered, ordered != limits)
-
-
 class _Search:
     """Asks for placements of one model, each once."""
 
@@ -105,13 +69,13 @@ class _Search:
         self._placed_by_user = has_option(request.passthrough, *OVERRIDES)
         self._split_by_user = has_option(request.passthrough, *SPLITS)
         self.may_choose_gpus = not self._split_by_user and not has_option(request.passthrough, *DEVICES)
-        self.gpus = _in_order(limits, hardware) if self.may_choose_gpus else _Gpus(limits, False)
+        self.gpus = in_order(limits, hardware) if self.may_choose_gpus else Gpus(limits, False)
         self._known: dict[tuple[str, ...], Placement] = {}
         self._layers: Layers | None = None
 
     def as_asked(self, gpu_layers: str | None) -> Placement:
         """With the user's own -ngl, shared among GPUs so that it fits, if it can; or without any GPU."""
-        gpus = _Gpus(self._limits, False)
+        gpus = Gpus(self._limits, False)
         if gpu_layers is None:
             return self.nothing(gpus)
         placement = self._placement(gpus, UNDIVIDED, 0, [])
@@ -122,7 +86,7 @@ class _Search:
             return placement
         return self._shared(gpus, placement.division, on_gpu, placement)
 
-    def nothing(self, gpus: _Gpus) -> Placement:
+    def nothing(self, gpus: Gpus) -> Placement:
         """With every layer on the CPU."""
         placement = self._placement(gpus, UNDIVIDED, 0, ["-ngl", "0"])
         layers = placement.answer.offloadable_layers
@@ -158,7 +122,7 @@ class _Search:
                 return found
         return None
 
-    def _everything_on(self, gpus: _Gpus, division: Division, nothing: Placement) -> Placement | None:
+    def _everything_on(self, gpus: Gpus, division: Division, nothing: Placement) -> Placement | None:
         needed = sum(self._model(nothing).sizes(division, division.steps)) + nothing.answer.bytes(use="context")
         if needed > sum(limit.limit_bytes - limit.overhead_bytes for limit in gpus.limits):
             return None
@@ -169,7 +133,7 @@ class _Search:
             return None
         return self._divided(gpus, division, shared, BUT_ATTENTION, complete=True)
 
-    def _shared(self, gpus: _Gpus, division: Division, step: int, like: Placement) -> Placement:
+    def _shared(self, gpus: Gpus, division: Division, step: int, like: Placement) -> Placement:
         """That many steps in whole layers, shared among the GPUs so that they fit, if a way is found."""
         for _ in range(MAX_SPLITS if len(gpus.limits) > 1 else 1):
             split = self._room(gpus, division, like).whole(step).split
@@ -271,7 +235,7 @@ class _Search:
         return sum(placement.answer.bytes(device=name, use="compute") for name in placement.devices)
 
     def _divided(
-        self, gpus: _Gpus, division: Division, like: Placement, kinds: frozenset[str], complete: bool = False
+        self, gpus: Gpus, division: Division, like: Placement, kinds: frozenset[str], complete: bool = False
     ) -> Placement | None:
         """The most that fits with matrices elsewhere than their layer.  It lays them out, asks what that takes besides
         its tensors, and lays them out anew; `like` is a placement which takes about as much besides."""
@@ -310,12 +274,12 @@ class _Search:
                 too_much = middle
         return fits
 
-    def _room(self, gpus: _Gpus, division: Division, like: Placement, besides: Sequence[float] | None = None) -> Room:
+    def _room(self, gpus: Gpus, division: Division, like: Placement, besides: Sequence[float] | None = None) -> Room:
         others = self._besides(gpus, like) if besides is None else besides
         rooms = tuple(max(0.0, limit.limit_bytes - other) for limit, other in zip(gpus.limits, others))
         return Room(self._model(like), division, self._context(like), rooms, gpus.limits[0].is_remote)
 
-    def _besides(self, gpus: _Gpus, placement: Placement) -> tuple[float, ...]:
+    def _besides(self, gpus: Gpus, placement: Placement) -> tuple[float, ...]:
         """What each GPU holds besides the tensors that the arithmetic knows of."""
         layers, division = self._model(placement), placement.division
         known = dict.fromkeys(gpus.names, 0.0)
@@ -354,7 +318,7 @@ class _Search:
             self._layers = Layers(self._header, layers, overridden(self._request.passthrough))
         return self._layers
 
-    def _at(self, gpus: _Gpus, division: Division, layout: Layout) -> Placement:
+    def _at(self, gpus: Gpus, division: Division, layout: Layout) -> Placement:
         moved = tuple((piece, gpus.names[gpu]) for piece, gpu in layout.moved)
         return self._placement(
             gpus, division, layout.on_gpu, division.arguments(layout.on_gpu), layout.split, layout.left_behind, moved
@@ -362,7 +326,7 @@ class _Search:
 
     def _placement(
         self,
-        gpus: _Gpus,
+        gpus: Gpus,
         division: Division,
         on_gpu: int,
         where: Sequence[str],
