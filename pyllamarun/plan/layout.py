@@ -154,12 +154,16 @@ def spread(sizes: Sequence[float], rooms: Sequence[float]) -> Packing:
 
 @dataclass(frozen=True)
 class Room:
-    """What the tensors of a division may take on each GPU, and each layer's share of the KV cache, in bytes."""
+    """What the tensors of a division may take on each GPU, and each layer's share of the KV cache, in bytes.
+
+    With all of a model on GPUs the first is filled first, unless it is another machine's.
+    """
 
     layers: Layers
     division: Division
     context: Sequence[float]
     rooms: tuple[float, ...]
+    first_is_remote: bool = False
 
     def sizes(self, step: int) -> list[float]:
         sizes = self.layers.sizes(self.division, step)
@@ -167,7 +171,7 @@ class Room:
 
     def whole(self, step: int) -> Packing:
         """That many steps in whole layers; if there is no room for them, something overflows."""
-        if step == self.division.steps:
+        if step == self.division.steps and not self.first_is_remote:
             everything = spread(self.sizes(step), self.rooms)
             if everything.overflow_bytes <= 0:
                 return everything

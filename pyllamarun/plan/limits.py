@@ -33,6 +33,11 @@ class Limit:
         """What the process can have now.  "free" was read by one that holds a context of its own, as it will."""
         return min(self.device.total_bytes, self.device.free_bytes + min(ASSUMED_CONTEXT_BYTES, self.overhead_bytes))
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the GPU is another machine's, reached by RPC."""
+        return self.device.backend == "RPC"
+
 
 def resolve_limits(request: Request, devices: Sequence[Device]) -> tuple[Limit, ...]:
     """One limit a GPU.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.gguf import Header
+from pyllamarun.plan.gpus import Gpus, in_order
 from pyllamarun.plan.hardware import UNKNOWN, Hardware
 from pyllamarun.plan.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout, Room
 from pyllamarun.plan.limits import DEVICES, Limit
@@ -53,31 +54,6 @@ def place(
     return search.everything(nothing) or search.best(nothing)
 
 
-@dataclass(frozen=True)
-class _Gpus:
-    """GPUs that take part, in the order in which they take layers; `named` is whether that must be said."""
-
-    limits: tuple[Limit, ...]
-    named: bool
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(limit.device.name for limit in self.limits)
-
-    def only(self, limits: Iterable[Limit]) -> _Gpus:
-        return _Gpus(tuple(limits), True)
-
-    def with_room(self, placement: Placement) -> _Gpus:
-        """Those on which a placement fits."""
-        return self.only(limit for limit in self.limits if placement.used_bytes(limit) <= limit.limit_bytes)
-
-
-def _in_order(limits: tuple[Limit, ...]) -> _Gpus:
-    """The one that may hold most first: it computes what the CPU hands over of prompts, and is filled first."""
-    ordered = tuple(sorted(limits, key=lambda one: (-one.limit_bytes, -one.device.total_bytes, one.device.description)))
-    return _Gpus(ordered, ordered != limits)
-
-
 class _Search:
     """Asks for placements of one model, each once."""
 
@@ -93,13 +69,13 @@ class _Search:
         self._placed_by_user = has_option(request.passthrough, *OVERRIDES)
         self._split_by_user = has_option(request.passthrough, *SPLITS)
         self.may_choose_gpus = not self._split_by_user and not has_option(request.passthrough, *DEVICES)
-        self.gpus = _in_order(limits) if self.may_choose_gpus else _Gpus(limits, False)
+        self.gpus = in_order(limits, hardware) if self.may_choose_gpus else Gpus(limits, False)
         self._known: dict[tuple[str, ...], Placement] = {}
         self._layers: Layers | None = None
 
     def as_asked(self, gpu_layers: str | None) -> Placement:
         """With the user's own -ngl, shared among GPUs so that it fits, if it can; or without any GPU."""
-        gpus = _Gpus(self._limits, False)
+        gpus = Gpus(self._limits, False)
         if gpu_layers is None:
             return self.nothing(gpus)
         placement = self._placement(gpus, UNDIVIDED, 0, [])
@@ -110,28 +86,46 @@ class _Search:
             return placement
         return self._shared(gpus, placement.division, on_gpu, placement)
 
-    def nothing(self, gpus: _Gpus) -> Placement:
+    def nothing(self, gpus: Gpus) -> Placement:
         """With every layer on the CPU."""
         placement = self._placement(gpus, UNDIVIDED, 0, ["-ngl", "0"])
         layers = placement.answer.offloadable_layers
         return replace(placement, division=Division("layers", layers, layers))
 
     def everything(self, nothing: Placement) -> Placement | None:
-        """All layers on as few GPUs as hold them; None if all of them do not."""
-        layers = self._model(nothing)
-        division = nothing.division
-        needed = sum(layers.sizes(division, layers.count)) + nothing.answer.bytes(use="context")
-        if self._split_by_user and len(self.gpus.limits) > 1:
+        """All layers on one GPU, or the first few: whichever is predicted faster; None if all of them do not hold it.
+
+        Those that are not needed then hold nothing.
+        """
+        limits, division = self.gpus.limits, nothing.division
+        if self._split_by_user and len(limits) > 1:
             return None
-        for count in range(1 if self.may_choose_gpus else len(self.gpus.limits), len(self.gpus.limits) + 1):
-            gpus = self.gpus if count == len(self.gpus.limits) else self.gpus.only(self.gpus.limits[:count])
-            if needed <= sum(limit.limit_bytes - limit.overhead_bytes for limit in gpus.limits):
-                found = self._everything_on(gpus, division, nothing)
-                if found:
-                    return found
+        if not self.may_choose_gpus:
+            return self._everything_on(self.gpus, division, nothing)
+        here = [limit for limit in limits if not limit.is_remote]
+        wanted = [*here, *(limit for limit in limits if limit.is_remote)]
+        alone = self._first_that_holds([{limit} for limit in wanted], division, nothing)
+        if alone and alone.devices == (wanted[0].device.name,):
+            return alone
+        several = self._first_that_holds([set(wanted[:n]) for n in range(2, len(limits) + 1)], division, nothing)
+        found = [placement for placement in (alone, several) if placement]
+        return min(found, key=lambda placement: self._cost(placement).seconds, default=None)
+
+    def _first_that_holds(
+        self, choices: Sequence[set[Limit]], division: Division, nothing: Placement
+    ) -> Placement | None:
+        for chosen in choices:
+            everyone = len(chosen) == len(self.gpus.limits)
+            gpus = self.gpus if everyone else self.gpus.only(one for one in self.gpus.limits if one in chosen)
+            found = self._everything_on(gpus, division, nothing)
+            if found:
+                return found
         return None
 
-    def _everything_on(self, gpus: _Gpus, division: Division, nothing: Placement) -> Placement | None:
+    def _everything_on(self, gpus: Gpus, division: Division, nothing: Placement) -> Placement | None:
+        needed = sum(self._model(nothing).sizes(division, division.steps)) + nothing.answer.bytes(use="context")
+        if needed > sum(limit.limit_bytes - limit.overhead_bytes for limit in gpus.limits):
+            return None
         shared = self._shared(gpus, division, division.steps, nothing)
         if shared.fits:
             return shared
@@ -139,7 +133,7 @@ class _Search:
             return None
         return self._divided(gpus, division, shared, BUT_ATTENTION, complete=True)
 
-    def _shared(self, gpus: _Gpus, division: Division, step: int, like: Placement) -> Placement:
+    def _shared(self, gpus: Gpus, division: Division, step: int, like: Placement) -> Placement:
         """That many steps in whole layers, shared among the GPUs so that they fit, if a way is found."""
         for _ in range(MAX_SPLITS if len(gpus.limits) > 1 else 1):
             split = self._room(gpus, division, like).whole(step).split
@@ -241,7 +235,7 @@ class _Search:
         return sum(placement.answer.bytes(device=name, use="compute") for name in placement.devices)
 
     def _divided(
-        self, gpus: _Gpus, division: Division, like: Placement, kinds: frozenset[str], complete: bool = False
+        self, gpus: Gpus, division: Division, like: Placement, kinds: frozenset[str], complete: bool = False
     ) -> Placement | None:
         """The most that fits with matrices elsewhere than their layer.  It lays them out, asks what that takes besides
         its tensors, and lays them out anew; `like` is a placement which takes about as much besides."""
@@ -280,12 +274,12 @@ class _Search:
                 too_much = middle
         return fits
 
-    def _room(self, gpus: _Gpus, division: Division, like: Placement, besides: Sequence[float] | None = None) -> Room:
+    def _room(self, gpus: Gpus, division: Division, like: Placement, besides: Sequence[float] | None = None) -> Room:
         others = self._besides(gpus, like) if besides is None else besides
         rooms = tuple(max(0.0, limit.limit_bytes - other) for limit, other in zip(gpus.limits, others))
-        return Room(self._model(like), division, self._context(like), rooms)
+        return Room(self._model(like), division, self._context(like), rooms, gpus.limits[0].is_remote)
 
-    def _besides(self, gpus: _Gpus, placement: Placement) -> tuple[float, ...]:
+    def _besides(self, gpus: Gpus, placement: Placement) -> tuple[float, ...]:
         """What each GPU holds besides the tensors that the arithmetic knows of."""
         layers, division = self._model(placement), placement.division
         known = dict.fromkeys(gpus.names, 0.0)
@@ -324,7 +318,7 @@ class _Search:
             self._layers = Layers(self._header, layers, overridden(self._request.passthrough))
         return self._layers
 
-    def _at(self, gpus: _Gpus, division: Division, layout: Layout) -> Placement:
+    def _at(self, gpus: Gpus, division: Division, layout: Layout) -> Placement:
         moved = tuple((piece, gpus.names[gpu]) for piece, gpu in layout.moved)
         return self._placement(
             gpus, division, layout.on_gpu, division.arguments(layout.on_gpu), layout.split, layout.left_behind, moved
@@ -332,7 +326,7 @@ class _Search:
 
     def _placement(
         self,
-        gpus: _Gpus,
+        gpus: Gpus,
         division: Division,
         on_gpu: int,
         where: Sequence[str],

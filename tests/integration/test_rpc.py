@@ -49,7 +49,13 @@ def _wait_until_it_listens(port: int) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "budgets_mib"),
-    [("llama", (13, 12)), ("llama", (24, 24)), ("mixtral", (18, 16)), ("gemma3", (13, 12)), ("deepseek2", (60, 20))],
+    [
+        ("llama", (13, 7)),
+        ("llama-k-quants", (30, 12)),
+        ("mixtral", (18, 16)),
+        ("gemma3", (13, 12)),
+        ("deepseek2", (60, 20)),
+    ],
 )
 def test_planned_is_allocated_on_an_rpc_server(
     architecture: str,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.models.gguf import read_header
-from pyllamarun.plan.hardware import UNKNOWN, Hardware
+from pyllamarun.plan.hardware import UNKNOWN, Hardware, of_size
 from pyllamarun.plan.limits import resolve_limits
 from pyllamarun.plan.place import place
 from pyllamarun.plan.placement import Placement
@@ -211,6 +211,25 @@ def test_a_model_goes_to_as_few_gpus_as_hold_it(tmp_path: Path, machine: Callabl
     assert used(3, 7) == [False, True]
     assert used(7, 3, 3) == [True, False, False]
     assert used(3, 1, 3.2) == [True, False, True]
+
+
+def test_the_fastest_way_to_hold_all_of_a_model_is_taken(tmp_path: Path, machine: Callable[..., Machine]) -> None:
+    """A fast card that holds it alone; else one with the fast card's help, or a slow one alone if that crosses less."""
+    model = shapes.write(shapes.llama_8b(32), tmp_path / "m")
+
+    def layers(*speeds: float, fast_gib: float) -> tuple[int, ...]:
+        gpus = {f"VIRTUAL{i}": replace(of_size(8 * GIB), bandwidth_bytes_per_second=speed, source="NVML")
+                for i, speed in enumerate(speeds)}  # fmt: skip
+        hardware = Hardware(UNKNOWN.host, gpus)
+        wanted = replace(request(7 * GIB, int(fast_gib * GIB)), overhead_bytes=300 * MIB)
+        found, _ = placed(machine(8192, 8192), model, wanted, 8 * GIB, 8 * GIB, hardware=hardware)
+        return tuple(found.layers_of(f"VIRTUAL{i}") for i in range(2))
+
+    assert layers(300e9, 1000e9, fast_gib=6.5) == (0, 33)
+    slow, fast = layers(300e9, 1000e9, fast_gib=3)
+    assert slow + fast == 33
+    assert fast > 16
+    assert layers(300e9, 301e9, fast_gib=1) == (33, 0)
 
 
 def test_all_of_a_model_fits_where_a_layer_is_divided_between_gpus(
