@@ -6,6 +6,8 @@
 Run it with the Python that pyllamarun is installed in; tests/ is used too, and llama-mdl is installed from PyPI into a
 temporary folder.  All three place one file, the header of a Llama 3 70B with its whole vocabulary, on one virtual GPU
 of 12 GiB, with 4,096 tokens of context, within 11.5 GiB of which a CUDA context takes 300 MiB.  Their runs alternate.
+The command is a cold process; the library, one with its probe running.  Both read the header each time.  Advice is what
+would help a plan this slow: some six plans more, made after this one is printed.
 
 Then the real llama-server carries out each choice on that card, and takes the prompt that needs most: what is left of
 the budget then, and how far from it the prediction was.  (What ggml-cuda takes besides, as scratch memory, a virtual
@@ -83,8 +85,12 @@ class Ours:
         self._argv = [program, "plan", model, "--virtual-gpu", "12GiB", "--vram", "11.5GiB", "-c", CONTEXT_TOKENS,
                       "--json"]  # fmt: skip
 
+    def advised(self) -> None:
+        """With advice: what would help a plan this slow, each change a plan of its own."""
+        output_of(self._argv, dict(os.environ))
+
     def cold(self) -> Choice:
-        plan = json.loads(output_of(self._argv, dict(os.environ)))["data"]
+        plan = json.loads(output_of([*self._argv, "--no-advice"], dict(os.environ)))["data"]
         (gpu,) = plan["devices"]
         predicted = gpu["weights_bytes"] + gpu["context_bytes"] + gpu["compute_bytes"]
         return Choice(tuple(plan["argv"][3:]), predicted)
@@ -186,13 +192,17 @@ def main() -> None:
         ours, fit_params, mdl = Ours(model, planner), FitParams(model, binaries, stage), Mdl(model, binaries, folder)
         choices = {"ours": ours.cold(), "fit": fit_params.choice(), "mdl": mdl.choice()}
         ours.warm()
-        seconds = medians(runs, {"cold": ours.cold, "warm": ours.warm, "fit": fit_params.fit, "mdl": mdl.choice})
+        seconds = medians(
+            runs,
+            {"cold": ours.cold, "warm": ours.warm, "advised": ours.advised, "fit": fit_params.fit, "mdl": mdl.choice},
+        )
         skeleton = write_skeleton(read_header(model), folder / "skeleton.gguf", servable=True)
         allocated = {name: allocated_bytes(choice, skeleton, binaries, folder) for name, choice in choices.items()}
     rows = []
     for title, timed, chosen in (
-        ("pyllamarun plan, a cold process", "cold", "ours"),
+        ("pyllamarun plan --no-advice", "cold", "ours"),
         ("pyllamarun's library, the probe running", "warm", "ours"),
+        ("pyllamarun plan, with advice", "advised", "ours"),
         ("llama-fit-params", "fit", "fit"),
         (f"mdl fit, {MDL.replace('==', ' ')}", "mdl", "mdl"),
     ):

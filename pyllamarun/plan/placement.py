@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -55,6 +56,16 @@ class Placement:
 
     def device_of(self, name: str) -> str | None:
         """The GPU that a tensor is on; None for the CPU."""
+        if name not in self._devices_of:
+            self._devices_of[name] = self._found_device(name)
+        return self._devices_of[name]
+
+    @functools.cached_property
+    def _devices_of(self) -> dict[str, str | None]:
+        """What was found before: what a token costs is asked several times, of all tensors."""
+        return {}
+
+    def _found_device(self, name: str) -> str | None:
         if not self.division.holds(name, self.on_gpu) or any(piece.name == name for piece in self.left_behind):
             return None
         for piece, device in self.moved:

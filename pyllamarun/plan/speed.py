@@ -134,6 +134,7 @@ def _prompt(
     efficiency = PINNED_EFFICIENCY if answer.bytes(kind="pinned") > answer.bytes(kind="mapped") else MAPPED_EFFICIENCY
     once, all_used = used_share(header, 1), used_share(header, ubatch_tokens)
     terms: dict[tuple[str, str, str], Term] = {}
+    seconds: dict[tuple[str, str, str], float] = {}
     for matrix in matrices(header, answer, device_of, hardware.host):
         tensor = matrix.tensor
         if tensor.name in ("output.weight", "token_embd.weight"):
@@ -153,10 +154,11 @@ def _prompt(
             found = [Term("products", CPU, 0, 0.0, hardware.host.source, operations / rate)]
         for term in found:
             key = (term.what, term.device, term.source)
-            before = terms[key].seconds if key in terms else 0.0
-            terms[key] = replace(term, seconds=before + term.seconds)
+            terms.setdefault(key, term)
+            seconds[key] = seconds.get(key, 0.0) + term.seconds
     steps = [term for term in token_cost(header, answer, device_of, hardware, use).terms if term.what.endswith("steps")]
-    return _range([*terms.values(), *steps], ubatch_tokens, PROMPT_SPREAD)
+    summed = [replace(term, seconds=seconds[key]) for key, term in terms.items()]
+    return _range([*summed, *steps], ubatch_tokens, PROMPT_SPREAD)
 
 
 def _computed(device: str, gpu: GpuRates, operations: float, size_bytes: float) -> Term:

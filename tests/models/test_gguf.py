@@ -33,7 +33,17 @@ from hostile import (
 )
 
 from pyllamarun.errors import ModelError, UsageError
-from pyllamarun.models.gguf import MAX_HEADER_BYTES, MAX_TEXT_BYTES, Array, parse_header, read_header
+from pyllamarun.models.gguf import (
+    ARRAY,
+    MAX_HEADER_BYTES,
+    MAX_TEXT_BYTES,
+    STRING,
+    Array,
+    Value,
+    parse_header,
+    read_header,
+)
+from pyllamarun.models.skeleton import write_sparse
 from pyllamarun.models.types import TENSOR_TYPES
 from pyllamarun.run.binaries import Binaries
 
@@ -70,6 +80,30 @@ def test_block_sizes_are_those_of_the_gguf_package() -> None:
     for kind, sizes in gguf.GGML_QUANT_SIZES.items():
         if kind.name != "Q8_1":  # an intermediate type, of another size in ggml itself
             assert ours[kind.name] == sizes
+
+
+LENGTHS = {
+    "short ones": [n % 13 + 1 for n in range(200_000)],  # of several chunks
+    "empty ones among them": [n % 9 for n in range(1000)],
+    "a long one at every place of a run": [300 if n % 129 == 0 else 3 for n in range(129 * 129)],
+    "around the longest that a run takes": [30 + n % 5 for n in range(500)],
+    "fewer than a run": [2] * 127,
+    "no more than a run": [2] * 128,
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_a_vocabulary_is_read_whole(lengths: list[int], tmp_path: Path) -> None:
+    texts = [chr(ord("a") + n % 26) * length for n, length in enumerate(lengths)]
+    raw = b"".join(len(text).to_bytes(8, "little") + text.encode() for text in texts)
+    metadata = {
+        "general.architecture": Value(STRING, "llama"),
+        "tokenizer.ggml.tokens": Value(ARRAY, Array(STRING, len(texts), raw)),
+        "after": Value(STRING, "them"),
+    }
+    header = read_header(write_sparse(tmp_path / "m.gguf", metadata, []))
+    assert header.metadata["tokenizer.ggml.tokens"].data.values() == texts
+    assert header.get("after") == "them"
 
 
 def test_a_split_model_is_found_whole(tiny: Callable[[str], Path], binaries: Binaries, tmp_path: Path) -> None:

@@ -40,20 +40,20 @@ def test_nothing_is_changed_that_is_not_allowed(choosing: Choosing) -> None:
 
 
 def test_a_smaller_kv_cache_where_that_gains(choosing: Choosing) -> None:
-    choice, as_asked = (choosing(vram="3GiB", context=32768, allow=allow) for allow in ("kv", ""))
+    choice, as_asked = (choosing(vram="6GiB", context=32768, allow=allow) for allow in ("kv", ""))
     assert choice.request.chosen[::2] == ("-ctk", "-ctv")
     assert choice.request.chosen[1] in ("q8_0", "q4_0")
     assert set(choice.request.chosen) <= set(choice.placement.arguments)
     assert choice.seconds < 0.95 * as_asked.seconds
     assert len(choice.notes) == 1
     assert "in place of f16, as allowed" in choice.notes[0]
-    again = choosing(vram="3GiB", context=32768, allow="kv")
+    again = choosing(vram="6GiB", context=32768, allow="kv")
     assert again.placement.arguments == choice.placement.arguments
 
 
 @pytest.mark.parametrize("fixed", [["-ctk", "f16"], ["-ctv", "q8_0"], ["-fa", "off"]], ids=" ".join)
 def test_what_the_user_has_fixed_stays(fixed: list[str], choosing: Choosing) -> None:
-    choice = choosing(vram="3GiB", context=32768, allow="kv", arguments=fixed)
+    choice = choosing(vram="6GiB", context=32768, allow="kv", arguments=fixed)
     assert (choice.request.chosen, choice.notes) == ((), ())
     assert choosing(vram="3GiB", allow="ub", arguments=["-ub", "512"]).request.chosen == ()
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.models.gguf import read_header
+from pyllamarun.plan.hardware import UNKNOWN, Hardware
 from pyllamarun.plan.limits import resolve_limits
 from pyllamarun.plan.place import place
 from pyllamarun.plan.placement import Placement
@@ -34,7 +35,9 @@ def request(*budgets_bytes: int, passthrough: Sequence[str] = (), force: bool = 
     return Request(1024, 1, budgets, 0, tuple(passthrough), force)
 
 
-def placed(machine: Machine, model: Path, wanted: Request, *sizes_bytes: int) -> tuple[Placement, int]:
+def placed(
+    machine: Machine, model: Path, wanted: Request, *sizes_bytes: int, hardware: Hardware = SLOW_CPU
+) -> tuple[Placement, int]:
     devices = [device(name, size) for name, size in zip(machine.device_names, sizes_bytes)]
     questions = 0
 
@@ -43,7 +46,7 @@ def placed(machine: Machine, model: Path, wanted: Request, *sizes_bytes: int) ->
         questions += 1
         return machine.ask(arguments)
 
-    return place(read_header(model), wanted, resolve_limits(wanted, devices), ask, SLOW_CPU), questions
+    return place(read_header(model), wanted, resolve_limits(wanted, devices), ask, hardware), questions
 
 
 def one_more_step_fits(machine: Machine, model: Path, placement: Placement) -> bool:
@@ -95,6 +98,15 @@ def test_99_percent_of_the_budget_are_used(
     assert again.arguments == placement.arguments
 
 
+def test_a_layout_that_cannot_be_bettered_is_the_last_that_is_asked_about(
+    header_70b: Path, machine: Callable[..., Machine]
+) -> None:
+    wanted = Request(4096, budgets=(Budget("bytes", int(11.5 * GIB)),))
+    placement, questions = placed(machine(12288), header_70b, wanted, 12 * GIB)
+    assert questions == 2  # what a model on the CPU takes, and what this one does
+    assert placement.left_behind
+
+
 def test_experts_go_to_the_cpu_before_attention_does(tmp_path: Path, machine: Callable[..., Machine]) -> None:
     model = shapes.write(shapes.mixtral_8x7b(32), tmp_path / "m")
     placement, _ = placed(machine(12288), model, request(8 * GIB), 12 * GIB)
@@ -109,11 +121,11 @@ def test_a_long_context_stays_on_the_gpu(tmp_path: Path, machine: Callable[..., 
     """Where the KV cache of the layers on the CPU would cost more than their feed-forward matrices do."""
     model = shapes.write(shapes.llama_8b(32), tmp_path / "m")
 
-    def division(context: int) -> str:
-        wanted = replace(request(6 * GIB), context_tokens=context)
-        return placed(machine(12288), model, wanted, 12 * GIB)[0].division.name
+    def division(context: int, budget_gib: int) -> str:
+        wanted = replace(request(budget_gib * GIB), context_tokens=context)
+        return placed(machine(24576), model, wanted, 24 * GIB, hardware=UNKNOWN)[0].division.name
 
-    assert [division(context) for context in (1024, 32768)] == ["layers", "feed_forward"]
+    assert [division(4096, 4), division(131072, 20)] == ["layers", "feed_forward"]
 
 
 @pytest.mark.parametrize("option", [["-ot", r"blk\.0\..*=CPU"], ["-ncmoe", "1"], ["-ncffn", "1"], ["-cmoe"]], ids=str)
