@@ -113,7 +113,7 @@ def write(spec: Spec, path: Path) -> Path:
     writer.add_name("shape")
     for key, value in spec.metadata.items():
         add_metadata(writer, f"{spec.arch}.{key}", value)
-    add_vocabulary(writer, N_VOCAB)
+    add_vocabulary(writer, spec.metadata["vocab_size"])
     size = 0
     for name, (shape, kind) in spec.tensors.items():
         tensor_type = gguf.GGMLQuantizationType[kind]

@@ -1,6 +1,7 @@
 #include "cpu_rates.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
@@ -29,17 +30,24 @@ namespace {
 
 constexpr size_t kSmallestRing = size_t(128) << 20, kLargestRing = size_t(512) << 20;
 constexpr size_t kSlice = size_t(4) << 20;  // as large as a matrix of a small model
-constexpr double kPerRead = 0.025, kPerRate = 0.006;
+constexpr double kPerRead = 0.025, kPerRate = 0.005, kSlowest = 0.04;
 constexpr int kFewest = 3, kMost = 64;
-constexpr int64_t kWidth = 4096, kBatch = 128, kBatchRows = 256;
+constexpr int64_t kWidth = 4096, kNarrow = 512, kBatch = 128, kBatchRows = 256;
 constexpr int64_t kHeads = 32, kKeyHeads = 8, kHeadLength = 128, kTokens = 1024;
-constexpr int64_t kSmall = 256, kSmallRows = 32, kNodes = 64;
+constexpr int64_t kNodes = 64;
 
 // Several times the last-level cache that these cores share, so that hardly anything is read from it.
 size_t ring_size() {
     size_t cache_kib = 0;
     std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> cache_kib;
     return std::clamp((cache_kib << 10) * 3, kSmallestRing, kLargestRing);
+}
+
+// How often other work took a CPU away from this process.
+long preempted() {
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_nivcsw;
 }
 
 // Bytes from 0x20 to 0x3f make numbers of every type that are neither subnormal nor infinite, and varied indices.
@@ -115,7 +123,7 @@ double time_of(const std::function<void()> & step) {
     const auto start = Clock::now();
     for (int i = 0; i < kMost; i++) {
         const auto begin = Clock::now();
-        if (i > 0 && Seconds(begin - start).count() > (i < kFewest ? 3 * kPerRate : kPerRate)) {
+        if (i > 0 && Seconds(begin - start).count() > (i < kFewest ? kSlowest : kPerRate)) {
             break;
         }
         step();
@@ -265,11 +273,12 @@ struct Weights {
     bool repacked;
 };
 
-// Seconds of a product of `rows` rows of a type with `columns` vectors; 0 where the backend does not take it.
-double product_time(const Backend & backend, Weights & weights, ggml_type type, int64_t rows, int64_t columns) {
+// Seconds of a product of `rows` rows of a type, `width` long, with `columns` vectors; 0 where the backend does not take it.
+double product_time(const Backend & backend, Weights & weights, ggml_type type, int64_t width, int64_t rows,
+                    int64_t columns) {
     Graph graph;
-    ggml_tensor * matrix = ggml_new_tensor_2d(graph.inputs(), type, kWidth, rows);
-    ggml_tensor * vectors = ggml_new_tensor_2d(graph.nodes(), GGML_TYPE_F32, kWidth, columns);
+    ggml_tensor * matrix = ggml_new_tensor_2d(graph.inputs(), type, width, rows);
+    ggml_tensor * vectors = ggml_new_tensor_2d(graph.nodes(), GGML_TYPE_F32, width, columns);
     ggml_tensor * product = ggml_mul_mat(graph.nodes(), matrix, vectors);
     ggml_backend_tensor_alloc(weights.buffer, matrix, weights.ring.data());
     if (!backend.supports(product) || (weights.repacked && !matrix->extra)) {
@@ -282,7 +291,7 @@ double product_time(const Backend & backend, Weights & weights, ggml_type type, 
     });
 }
 
-json weight_rates(const Backend & backend, std::vector<Weights> & layouts, bool with_batches) {
+json weight_rates(const Backend & backend, std::vector<Weights> & layouts, bool with_more) {
     json results = json::array();
     for (int i = 0; i < GGML_TYPE_COUNT; i++) {
         const ggml_type type = ggml_type(i);
@@ -290,17 +299,24 @@ json weight_rates(const Backend & backend, std::vector<Weights> & layouts, bool 
         if (!is_weight || type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K || ggml_blck_size(type) == 0) {
             continue;
         }
-        const int64_t rows = int64_t(kSlice / ggml_row_size(type, kWidth)) / 32 * 32;
         for (Weights & weights : layouts) {
-            const double seconds = product_time(backend, weights, type, rows, 1);
+            const int64_t rows = int64_t(kSlice / ggml_row_size(type, kWidth)) / 32 * 32;
+            const double seconds = product_time(backend, weights, type, kWidth, rows, 1);
             if (seconds == 0) {
                 continue;
             }
+            const double bytes = double(ggml_row_size(type, kWidth)) * double(rows);
             results.push_back({{"type", ggml_type_name(type)},
                                {"layout", weights.repacked ? "repacked" : "plain"},
-                               {"bytes_per_second", double(ggml_row_size(type, kWidth)) * double(rows) / seconds}});
-            if (with_batches) {
-                const double batch = product_time(backend, weights, type, kBatchRows, kBatch);
+                               {"bytes_per_second", bytes / seconds}});
+            if (with_more) {
+                // As many bytes in more and shorter rows tell what a row costs besides its bytes.
+                const int64_t more_rows = rows * (kWidth / kNarrow);
+                const double narrow = product_time(backend, weights, type, kNarrow, more_rows, 1);
+                const double per_row = std::max(0.0, (narrow - seconds) / double(more_rows - rows));
+                results.back()["bytes_per_second"] = bytes / std::max(seconds / 2, seconds - per_row * double(rows));
+                results.back()["row_seconds"] = per_row;
+                const double batch = product_time(backend, weights, type, kWidth, kBatchRows, kBatch);
                 results.back()["flops_per_second"] = 2.0 * double(kWidth * kBatchRows * kBatch) / batch;
             }
         }
@@ -336,32 +352,60 @@ json attention_rates(const Backend & backend, Weights & cache) {
     return results;
 }
 
-// Seconds of a graph of `count` steps: sums, or products so small that they cost what every product does.
-double chain_time(const Backend & backend, Weights & weights, int64_t count, bool products) {
+// Seconds of a graph of `count` steps, each of which waits for the one before.
+double chain_time(const Backend & backend, int64_t count) {
     Graph graph;
-    ggml_tensor * vector = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, products ? kSmall : kWidth);
-    ggml_tensor * matrix = ggml_new_tensor_2d(graph.inputs(), GGML_TYPE_Q4_K, kSmall, kSmallRows);
-    ggml_backend_tensor_alloc(weights.buffer, matrix, weights.ring.data());
-    std::vector<ggml_tensor *> results{vector};
+    ggml_tensor * other = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, kWidth);
+    ggml_tensor * result = other;
     for (int64_t i = 0; i < count; i++) {
-        results.push_back(products ? ggml_mul_mat(graph.nodes(), matrix, vector)
-                                   : ggml_add(graph.nodes(), results.back(), vector));
+        result = ggml_add(graph.nodes(), result, other);
     }
-    ggml_cgraph * steps = graph.up_to(results, backend);
+    ggml_cgraph * steps = graph.up_to({result}, backend);
     return time_of([&] { backend.compute(steps); });
 }
 
-json rates(int threads, std::vector<Weights> & layouts, bool with_batches) {
+// Seconds of `count` products of small matrices, or of one that has the rows of all.
+double products_time(const Backend & backend, Weights & weights, int64_t count, int64_t rows) {
+    Graph graph;
+    ggml_tensor * vector = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, kNarrow);
+    std::vector<ggml_tensor *> matrices, products;
+    for (int64_t i = 0; i < count; i++) {
+        matrices.push_back(ggml_new_tensor_2d(graph.inputs(), GGML_TYPE_Q4_0, kNarrow, rows));
+        ggml_backend_tensor_alloc(weights.buffer, matrices.back(), weights.ring.data());
+        products.push_back(ggml_mul_mat(graph.nodes(), matrices.back(), vector));
+    }
+    if (!backend.supports(products[0]) || (weights.repacked && !matrices[0]->extra)) {
+        return 0;
+    }
+    ggml_cgraph * steps = graph.up_to(products, backend);
+    return time_of([&] {
+        for (ggml_tensor * matrix : matrices) {
+            matrix->data = weights.ring.next(ggml_nbytes(matrix));
+        }
+        backend.compute(steps);
+    });
+}
+
+// What a product costs besides its bytes and rows, by layout: threads wait for one another, and memory for them.
+json product_seconds(const Backend & backend, std::vector<Weights> & layouts) {
+    json results;
+    for (Weights & weights : layouts) {
+        const double many = products_time(backend, weights, kNodes, kNarrow);
+        const double one = products_time(backend, weights, 1, kNodes * kNarrow);
+        results[weights.repacked ? "repacked" : "plain"] = std::max(0.0, (many - one) / double(kNodes - 1));
+    }
+    return results;
+}
+
+json rates(int threads, std::vector<Weights> & layouts, bool with_more) {
     const Backend backend(threads);
-    const double short_chain = chain_time(backend, layouts[0], 1, false);
-    const double node = (chain_time(backend, layouts[0], kNodes, false) - short_chain) / double(kNodes - 1);
-    const double product =
-        (chain_time(backend, layouts[0], kNodes, true) - chain_time(backend, layouts[0], 1, true)) / double(kNodes - 1);
+    const double short_chain = chain_time(backend, 1);
+    const double node = (chain_time(backend, kNodes) - short_chain) / double(kNodes - 1);
     return {{"threads", threads},
             {"graph_seconds", std::max(0.0, short_chain - node)},
             {"node_seconds", node},
-            {"product_seconds", product},
-            {"weights", weight_rates(backend, layouts, with_batches)},
+            {"product_seconds", product_seconds(backend, layouts)},
+            {"weights", weight_rates(backend, layouts, with_more)},
             {"attention", attention_rates(backend, layouts[0])}};
 }
 
@@ -373,6 +417,7 @@ json measure_cpu_rates(int threads) {
         threads = std::min(usable, int(common_cpu_get_num_math()));
     }
     const auto start = Clock::now();
+    const long preemptions = preempted();
     const Pages pages(ring_size());
     fill(pages.data, pages.size, threads);
     const Ring ring(pages.data, pages.size);
@@ -399,5 +444,6 @@ json measure_cpu_rates(int threads) {
             {"read", read},
             {"one", one},
             {"all", all},
+            {"preemptions", preempted() - preemptions},
             {"milliseconds", 1000 * Seconds(Clock::now() - start).count()}};
 }

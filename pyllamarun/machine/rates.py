@@ -16,17 +16,19 @@ Rates = Mapping[tuple[str, str], float]
 class ThreadRates:
     """What a number of threads does together.
 
-    weights: bytes of weights per second in products with one vector, by type and layout.  products: floating operations
+    weights: bytes of weights per second in products with one vector, by type and layout; rows: seconds that each of a
+    matrix's rows costs besides.  products: floating operations
     per second in products with many vectors.  attention: elements of keys and values per second, for each query head
     anew, by the cache's type.  The seconds are what a step of a graph costs besides: any step; a product; to begin.
     """
 
     threads: int
     weights: Rates
+    rows: Rates
     products: Rates
     attention: Mapping[str, float]
     node_seconds: float
-    product_seconds: float
+    product_seconds: Mapping[str, float]
     graph_seconds: float
 
 
@@ -56,6 +58,14 @@ class HostRates:
         if threads is None or threads >= self.threads:
             return most
         return min(most, threads * _rate(self.one.weights, name, layout))
+
+    def read_seconds(
+        self, name: str, layout: str, size_bytes: float, rows: float, matrices: int, threads: int | None = None
+    ) -> float:
+        """Products with one vector, of matrices that have so many bytes and rows together."""
+        each = self.all.rows.get((name, layout), 0.0) * (self.threads / min(threads or self.threads, self.threads))
+        products = matrices * self.all.product_seconds.get(layout, 0.0)
+        return size_bytes / self.read_rate(name, layout, threads) + rows * each + products
 
     def product_rate(self, name: str, layout: str, threads: int | None = None) -> float:
         """Floating operations per second in products with many vectors."""

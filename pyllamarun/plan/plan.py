@@ -35,6 +35,8 @@ class DevicePlan:
 
     Of `memory_bytes`, all that the GPU has, `free_bytes` can be had now; what that is more than the budget is headroom.
 
+    Of `memory_bytes`, all that the GPU has, `free_bytes` can be had now; what that is more than the budget is headroom.
+
     The overhead is the CUDA context, "assumed" or "given", and of it `scratch_bytes` are ggml-cuda's scratch pool and
     cuBLAS's workspace: "computed" by rules, "rehearsed", "assumed" where there are none, or "given" with the overhead.
     """

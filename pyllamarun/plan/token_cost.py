@@ -176,30 +176,41 @@ def used_share(header: Header, slots: int) -> float:
     return 1.0 - (1.0 - min(1.0, used / count)) ** slots if used and count else 1.0
 
 
+@dataclass(slots=True)
+class _Sum:
+    """What matrices of one kind come to for one token, or, of operations, for all slots."""
+
+    size_bytes: float = 0.0
+    rows: float = 0.0
+    matrices: int = 0
+    operations: float = 0.0
+
+
 def _weights(header: Header, answer: Answer, device_of: DeviceOf, hardware: Hardware, use: Use) -> Iterator[Term]:
-    used = used_share(header, use.slots)
-    once = used_share(header, 1)
-    read: dict[tuple[str, str, str, bool], float] = {}
-    operations: dict[tuple[str, str, str, bool], float] = {}
+    used, once = used_share(header, use.slots), used_share(header, 1)
+    sums: dict[tuple[str, str, str, bool], _Sum] = {}
     for matrix in matrices(header, answer, device_of, hardware.host):
         tensor = matrix.tensor
-        key = (matrix.device, tensor.type.name, matrix.layout, matrix.is_expert)
-        read[key] = read.get(key, 0.0) + tensor.size_bytes * (used if matrix.is_expert else 1.0)
-        if use.slots > 1:
-            elements = math.prod(tensor.shape) * (once if matrix.is_expert else 1.0)
-            operations[key] = operations.get(key, 0.0) + 2.0 * elements * use.slots
-    for key, size in read.items():
-        device, kind, layout, is_expert = key
+        share, mine = (used, once) if matrix.is_expert else (1.0, 1.0)
+        found = sums.setdefault((matrix.device, tensor.type.name, matrix.layout, matrix.is_expert), _Sum())
+        rows = math.prod(tensor.shape[1:])
+        found.size_bytes += share * tensor.size_bytes
+        found.rows += share * rows
+        found.matrices += 1
+        found.operations += 2.0 * mine * rows * tensor.shape[0] * use.slots
+    host = hardware.host
+    for (device, kind, layout, is_expert), one in sums.items():
         if device == CPU:
-            rate, source = hardware.host.read_rate(kind, layout, use.threads), hardware.host.source
-            compute = hardware.host.product_rate(kind, layout, use.threads)
+            seconds = host.read_seconds(kind, layout, one.size_bytes, one.rows, one.matrices, use.threads)
+            compute, source = host.product_rate(kind, layout, use.threads), host.source
         else:
             gpu = hardware.gpu(device)
-            rate, source = gpu_read_rate(gpu, is_expert), gpu.source
-            compute = gpu_product_rate(gpu)
-        seconds = max(size / rate, operations.get(key, 0.0) / compute)
+            seconds = one.size_bytes / gpu_read_rate(gpu, is_expert)
+            compute, source = gpu_product_rate(gpu), gpu.source
+        if use.slots > 1:
+            seconds = max(seconds, one.operations / compute)
         what = f"{'experts' if is_expert else 'weights'} {kind}{' repacked' if layout == REPACKED else ''}"
-        yield Term(what, device, round(size), rate, source, seconds)
+        yield Term(what, device, round(one.size_bytes), one.size_bytes / seconds, source, seconds)
 
 
 def gpu_read_rate(gpu: GpuRates, is_expert: bool = False) -> float:
@@ -259,18 +270,18 @@ def _steps(answer: Answer, hardware: Hardware) -> Iterator[Term]:
         if graph.part != "model":
             continue
         for steps in graph.devices:
-            seconds, source = _step_seconds(steps, hardware)
-            yield Term(f"{steps.products + steps.others} steps", steps.device, 0, 0.0, source, seconds)
+            yield _step_term(steps, hardware)
         crossings = graph.splits - 1
         yield Term(f"{crossings} crossings", CPU, 0, 0.0, "assumed", crossings * CROSSING_SECONDS)
 
 
-def _step_seconds(steps: Steps, hardware: Hardware) -> tuple[float, str]:
+def _step_term(steps: Steps, hardware: Hardware) -> Term:
     if steps.device != CPU:
-        return (steps.products + steps.others) * STEP_SECONDS, "assumed"
-    together = hardware.host.all
-    seconds = steps.products * together.product_seconds + steps.others * together.node_seconds
-    return seconds + together.graph_seconds, hardware.host.source
+        count = steps.products + steps.others
+        return Term(f"{count} steps", steps.device, 0, 0.0, "assumed", count * STEP_SECONDS)
+    together = hardware.host.all  # what products cost on the CPU is counted with their weights
+    seconds = steps.others * together.node_seconds + together.graph_seconds
+    return Term(f"{steps.others} steps", CPU, 0, 0.0, hardware.host.source, seconds)
 
 
 def _number(header: Header, key: str) -> int:
