@@ -62,6 +62,8 @@ def command(
     with tempfile.TemporaryDirectory(prefix="pyllamarun-") as folder:
         skeleton = write_skeleton(source, Path(folder) / "skeleton.gguf")
         forecast = requantized(start, quantizer, skeleton, source, type_name)
+    if forecast.needs_imatrix:
+        raise quantizing.needs_imatrix(type_name)
     if dry_run:
         argv = [quantizer, "--allow-requantize", source.path, target, type_name, threads]
         output.print_text(shlex.join(map(str, argv)))

@@ -176,14 +176,18 @@ def _first(pattern: re.Pattern[str], lines: Sequence[str]) -> str | None:
     return None
 
 
+def needs_imatrix(type_name: str) -> UsageError:
+    return UsageError(
+        f"{type_name} needs an importance matrix.",
+        remedy="Take a type that does not: Q2_K is the smallest.",
+    )
+
+
 def failure(type_name: str, lines: Sequence[str], status: int) -> BinaryError | UsageError:
     """The error for a llama-quantize that ended so, after these lines."""
     text = "\n".join(lines)
     if "requires an importance matrix" in text or "requires an imatrix" in text:
-        return UsageError(
-            f"{type_name} needs an importance matrix.",
-            remedy="Take a type that does not: Q2_K is the smallest.",
-        )
+        return needs_imatrix(type_name)
     reasons = [next(filter(None, match.groups())) for match in _FAILURE.finditer(text)]
     killed = f"it was ended by signal {-status}" if status < 0 else f"it ended with status {status}"
     return BinaryError(

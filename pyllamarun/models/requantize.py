@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyllamarun.errors import BinaryError
+from pyllamarun.errors import BinaryError, UsageError
 from pyllamarun.models.gguf import UINT32, Header, Tensor, Value
 from pyllamarun.models.quantize import FALLBACK, Start, default_target, failure
 from pyllamarun.models.skeleton import file_bytes, padded
@@ -83,7 +83,7 @@ def requantizations(
     for type_name, process in _dry_runs(start, quantizer, skeleton, asked):
         try:
             forecast = _forecast(process, header, type_name)
-        except BinaryError as error:
+        except (BinaryError, UsageError) as error:
             left_out.append(LeftOut(type_name, error.why or error.what))
             continue
         if forecast.needs_imatrix:

@@ -90,6 +90,7 @@ def test_an_unknown_type_is_refused_with_those_that_exist(source: Path) -> None:
 def test_a_type_that_needs_an_importance_matrix_says_so(source: Path, tmp_path: Path) -> None:
     result = run_cli("quantize", source, "IQ2_XXS")
     assert (result.returncode, "needs an importance matrix" in result.stderr) == (2, True)
+    assert "will become" not in result.stderr, "before the work, not after it"
     assert not leftovers(tmp_path)
     assert not list(tmp_path.glob("*IQ2_XXS*"))
 
