@@ -40,7 +40,7 @@ from pyllamarun import Machine, Model, Planner
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.output import table
-from pyllamarun.plan.request import VirtualGpu, make_request
+from pyllamarun.planning.request import VirtualGpu, make_request
 from pyllamarun.run.binaries import Binaries, find_binaries
 from pyllamarun.run.stage import Stage, open_probe, virtual_stage
 from pyllamarun.units import GIB, MIB, format_size

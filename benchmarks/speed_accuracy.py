@@ -32,10 +32,10 @@ from pyllamarun.machine.bandwidth import measure
 from pyllamarun.machine.rates import HostRates
 from pyllamarun.models.gguf import read_header
 from pyllamarun.output import table
-from pyllamarun.plan.hardware import Hardware
-from pyllamarun.plan.probe import Probe
-from pyllamarun.plan.speed import Speed, predict
-from pyllamarun.plan.token_cost import Use
+from pyllamarun.planning.hardware import Hardware
+from pyllamarun.planning.probe import Probe
+from pyllamarun.planning.speed import Speed, predict
+from pyllamarun.planning.token_cost import Use
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.process import output_of
 from pyllamarun.run.stage import open_probe, real_stage

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyllamarun.machine.machine import Machine as Machine
     from pyllamarun.models.model import Model as Model
-    from pyllamarun.plan.plan import Plan as Plan
     from pyllamarun.planner import Planner as Planner
     from pyllamarun.planner import plan as plan
+    from pyllamarun.planning.plan import Plan as Plan
 
 __version__ = "0.1.0"
 __all__ = ["Machine", "Model", "Plan", "Planner", "__version__", "plan"]
 
 _HOMES = {
-    "Machine": "machine.machine", "Model": "models.model", "Plan": "plan.plan", "Planner": "planner", "plan": "planner",
+    "Machine": "machine.machine", "Model": "models.model", "Plan": "planning.plan", "Planner": "planner",
+    "plan": "planner",
 }  # fmt: skip
 
 

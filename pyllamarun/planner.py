@@ -28,11 +28,11 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.output import printable
-from pyllamarun.plan.hardware import Hardware, hardware_of
-from pyllamarun.plan.plan import Plan, make_plan
-from pyllamarun.plan.probe import Answer, Device, Probe, Refused
-from pyllamarun.plan.request import RPC, Budget, Request, fixed_value, has_option, make_request
-from pyllamarun.plan.saved import confirm
+from pyllamarun.planning.hardware import Hardware, hardware_of
+from pyllamarun.planning.plan import Plan, make_plan
+from pyllamarun.planning.probe import Answer, Device, Probe, Refused
+from pyllamarun.planning.request import RPC, Budget, Request, fixed_value, has_option, make_request
+from pyllamarun.planning.saved import confirm
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import output_of
@@ -154,7 +154,7 @@ class Planner:
         return make_plan(model.header, request, devices, memory, ask, hardware, lambda: self._survey)
 
     def confirm(self, model: Model, plan: Plan) -> None:
-        """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in plan/saved.py."""
+        """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in planning/saved.py."""
         devices = self.devices_of(fixed_value(plan.argv, *RPC) or "")  # as they are without a probe on them
         confirm(plan, self._ask(model.header)(plan.argv[1:]), devices)
 

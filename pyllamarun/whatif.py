@@ -19,13 +19,13 @@ from pyllamarun.models.names import quantization
 from pyllamarun.models.quantize import known_types
 from pyllamarun.models.requantize import UNQUANTIZED, Requantizations, requantizations
 from pyllamarun.models.sources import Source
-from pyllamarun.plan.advice import LADDER, advice_from, changes, down_to_usable, larger_card, more_ram
-from pyllamarun.plan.compare import Comparison, Row, recommend, rows_of
-from pyllamarun.plan.limits import resolve_limits
-from pyllamarun.plan.plan import Advice, Plan
-from pyllamarun.plan.request import Request
-from pyllamarun.plan.variants import Variant, budgets, contexts, slot_counts
 from pyllamarun.planner import Planner
+from pyllamarun.planning.advice import LADDER, advice_from, changes, down_to_usable, larger_card, more_ram
+from pyllamarun.planning.compare import Comparison, Row, recommend, rows_of
+from pyllamarun.planning.limits import resolve_limits
+from pyllamarun.planning.plan import Advice, Plan
+from pyllamarun.planning.request import Request
+from pyllamarun.planning.variants import Variant, budgets, contexts, slot_counts
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import output_of, running
 from pyllamarun.units import GIB, format_size

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pyllamarun.machine.core_rates import nominal
-from pyllamarun.plan.hardware import Hardware
-from pyllamarun.plan.probe import Answer, Probe
-from pyllamarun.plan.request import VirtualGpu
+from pyllamarun.planning.hardware import Hardware
+from pyllamarun.planning.probe import Answer, Probe
+from pyllamarun.planning.request import VirtualGpu
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import running

@@ -10,7 +10,7 @@ import pytest
 from harness import run_cli
 
 from pyllamarun import Machine, Model, Planner
-from pyllamarun.plan.request import make_request
+from pyllamarun.planning.request import make_request
 
 
 def test_a_planner_plans_as_the_command_does(header_70b: Path) -> None:

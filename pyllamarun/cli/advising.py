@@ -9,10 +9,10 @@ from pyllamarun.cli.options import PlanOptions
 from pyllamarun.cli.planning import Planned, wanted_request
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.model import Model
-from pyllamarun.plan.plan import Advice
-from pyllamarun.plan.report import describe_advice
-from pyllamarun.plan.request import Request
 from pyllamarun.planner import Planner
+from pyllamarun.planning.plan import Advice
+from pyllamarun.planning.report import describe_advice
+from pyllamarun.planning.request import Request
 from pyllamarun.whatif import advise
 
 

@@ -12,10 +12,10 @@ from pyllamarun.cli.planning import Planned, wanted_machine, wanted_request
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.model import Model
 from pyllamarun.models.sources import Source
-from pyllamarun.plan.compare import Comparison
-from pyllamarun.plan.compare_report import describe_comparison
-from pyllamarun.plan.plot import write_plot
 from pyllamarun.planner import Planner
+from pyllamarun.planning.compare import Comparison
+from pyllamarun.planning.compare_report import describe_comparison
+from pyllamarun.planning.plot import write_plot
 from pyllamarun.whatif import compare, compare_models
 
 

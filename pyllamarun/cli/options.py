@@ -14,7 +14,7 @@ from pyllamarun.errors import UsageError
 
 Function = Callable[..., Any]
 
-GOALS = ("latency", "throughput")  # plan/request.py's, which is not loaded for --help
+GOALS = ("latency", "throughput")  # planning/request.py's, which is not loaded for --help
 
 # What a saved plan has settled.
 SETTLED = ("model", "passthrough", "vram", "ram", "context", "slots", "overhead", "machine_file", "gpu", "virtual_gpu",

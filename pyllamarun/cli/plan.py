@@ -20,7 +20,7 @@ class Shown:
 
     save: str | None
     plot: str | None
-    advice: bool
+    advice: bool | None
     explain: bool
     as_json: bool
     dry_run: bool
@@ -41,8 +41,9 @@ class Shown:
     "Takes matplotlib: pip install 'pyllamarun[plot]'.",
 )  # fmt: skip
 @click.option(
-    "--advice/--no-advice", default=True,
-    help="Whether to look for what would help a plan that is slow or does not stay in memory.  Default: yes.",
+    "--advice/--no-advice", default=None,
+    help="Whether to look for what would help a plan that is slow or does not stay in memory.  Default: yes, after the "
+    "plan is printed; not with --json.",
 )  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show what the predicted speed is made of.")
 @click.option(
@@ -70,7 +71,7 @@ def command(options: PlanOptions, axis: str | None, read_bandwidth: bool, **want
     if shown.plot is not None:
         from pathlib import Path
 
-        from pyllamarun.plan.plot import check_plot
+        from pyllamarun.planning.plot import check_plot
 
         check_plot(Path(shown.plot).expanduser())
     if read_bandwidth:
@@ -103,8 +104,8 @@ def _print_plan(options: PlanOptions, shown: Shown) -> None:
 
     from pyllamarun import output
     from pyllamarun.cli.planning import planned
-    from pyllamarun.plan.advice import is_wanting
-    from pyllamarun.plan.saved import write_plan
+    from pyllamarun.planning.advice import is_wanting
+    from pyllamarun.planning.saved import write_plan
 
     with planned(options) as plan:
         line = plan.shell_line(plan.argv("llama-server"))
@@ -112,7 +113,8 @@ def _print_plan(options: PlanOptions, shown: Shown) -> None:
             output.print_text(line)
         elif not shown.as_json:
             _print_words(plan, line, explain=shown.explain)
-        if shown.advice and not shown.dry_run and options.plan_file is None and is_wanting(plan.plan):
+        wants_advice = not shown.as_json if shown.advice is None else shown.advice
+        if wants_advice and not shown.dry_run and options.plan_file is None and is_wanting(plan.plan):
             plan = _advised(plan, options, shown.as_json)
         if shown.plot is not None:
             from pyllamarun.cli.comparing import plot_plan
@@ -126,7 +128,7 @@ def _print_plan(options: PlanOptions, shown: Shown) -> None:
 
 def _print_words(plan: Planned, line: str, *, explain: bool) -> None:
     from pyllamarun import output
-    from pyllamarun.plan.report import describe
+    from pyllamarun.planning.report import describe
 
     output.print_text(describe(plan.plan, line, plan.stage.description, output.screen(), explain=explain))
     if not plan.model.source.is_here:

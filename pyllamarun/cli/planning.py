@@ -14,11 +14,11 @@ from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.machine import Machine
 from pyllamarun.models.model import Model
 from pyllamarun.models.sources import resolve
-from pyllamarun.plan.limits import GIVEN
-from pyllamarun.plan.plan import Plan
-from pyllamarun.plan.request import Request, make_request
-from pyllamarun.plan.saved import read_plan
 from pyllamarun.planner import NEEDS_VOCABULARY, Planner
+from pyllamarun.planning.limits import GIVEN
+from pyllamarun.planning.plan import Plan
+from pyllamarun.planning.request import Request, make_request
+from pyllamarun.planning.saved import read_plan
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.command import shell_line
 from pyllamarun.run.stage import Stage

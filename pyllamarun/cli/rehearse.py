@@ -26,7 +26,7 @@ def command(options: PlanOptions, for_real: bool, as_json: bool) -> int:
     from pyllamarun.errors import UsageError
     from pyllamarun.machine.gpu import survey_gpus
     from pyllamarun.models.skeleton import write_skeleton
-    from pyllamarun.plan.request import RPC, fixed_value
+    from pyllamarun.planning.request import RPC, fixed_value
     from pyllamarun.run.process import running
     from pyllamarun.run.rehearsal import DriverMeter, StageMeter, driver_usage, rehearse
     from pyllamarun.run.report import describe_rehearsal

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pyllamarun.machine.gpu import Gpu, GpuSurvey
 from pyllamarun.machine.host import Cpu, Disk, Memory
 from pyllamarun.output import printable
-from pyllamarun.plan.probe import Device
+from pyllamarun.planning.probe import Device
 from pyllamarun.run.binaries import Build
 from pyllamarun.units import GIB, format_size
 

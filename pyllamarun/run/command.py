@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pyllamarun.plan.request import VirtualGpu
+from pyllamarun.planning.request import VirtualGpu
 from pyllamarun.run.binaries import VIRTUAL_GPU, Binaries
 from pyllamarun.units import MIB
 

@@ -14,9 +14,9 @@ from typing import Protocol
 
 from pyllamarun.errors import ServerError
 from pyllamarun.machine.gpu import GpuSurvey, normal_pci_address
-from pyllamarun.plan.plan import DevicePlan, Plan
-from pyllamarun.plan.probe import Device
-from pyllamarun.plan.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value, has_option
+from pyllamarun.planning.plan import DevicePlan, Plan
+from pyllamarun.planning.probe import Device
+from pyllamarun.planning.request import DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS, fixed_value, has_option
 from pyllamarun.run.server import Running, Server, ready_server
 from pyllamarun.run.stage import ON_STANDIN, Stage, Usage
 

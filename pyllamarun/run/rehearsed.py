@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.skeleton import fingerprint
-from pyllamarun.plan.probe import Answer, Scratch
-from pyllamarun.plan.request import without_option
-from pyllamarun.plan.residency import CACHE_RAM
+from pyllamarun.planning.probe import Answer, Scratch
+from pyllamarun.planning.request import without_option
+from pyllamarun.planning.residency import CACHE_RAM
 from pyllamarun.run.binaries import Build
 from pyllamarun.run.stage import CARDS, VIRTUAL, Stage
 

@@ -15,8 +15,8 @@ from pyllamarun.errors import UsageError
 from pyllamarun.machine.cards import Card
 from pyllamarun.machine.gpu import NVML_TIMEOUT_SECONDS, GpuSurvey, read_survey, survey_gpus
 from pyllamarun.machine.machine import Machine
-from pyllamarun.plan.probe import Device, Probe
-from pyllamarun.plan.request import VirtualGpu, context_bytes
+from pyllamarun.planning.probe import Device, Probe
+from pyllamarun.planning.request import VirtualGpu, context_bytes
 from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, PROBE, STANDIN, Binaries
 from pyllamarun.run.command import environment, exact_mib
 from pyllamarun.run.process import output_of, running

@@ -10,10 +10,10 @@ import synthetic
 from harness import SLOW_CPU, Machine
 
 from pyllamarun.models.gguf import read_header
-from pyllamarun.plan.limits import resolve_limits
-from pyllamarun.plan.place import place
-from pyllamarun.plan.probe import Device
-from pyllamarun.plan.request import Budget, Request
+from pyllamarun.planning.limits import resolve_limits
+from pyllamarun.planning.place import place
+from pyllamarun.planning.probe import Device
+from pyllamarun.planning.request import Budget, Request
 from pyllamarun.units import MIB
 
 CARDS = {"small": (0.25,), "middling": (0.7,), "two unequal": (0.5, 0.2)}  # shares of what everything would take

@@ -9,7 +9,7 @@ import pytest
 import synthetic
 
 from pyllamarun import Machine, Model, Planner
-from pyllamarun.plan.request import Budget, Request
+from pyllamarun.planning.request import Budget, Request
 from pyllamarun.run.process import running
 from pyllamarun.run.rehearsal import StageMeter, rehearse
 from pyllamarun.run.server import free_port

@@ -14,9 +14,9 @@ from harness import Machine, read_state, run_cli
 from pyllamarun.errors import UsageError
 from pyllamarun.machine.machine import Machine as Described
 from pyllamarun.models.model import Model
-from pyllamarun.plan.plan import Plan
-from pyllamarun.plan.request import VirtualGpu, make_request
 from pyllamarun.planner import Planner
+from pyllamarun.planning.plan import Plan
+from pyllamarun.planning.request import VirtualGpu, make_request
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import running

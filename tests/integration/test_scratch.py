@@ -18,7 +18,7 @@ import synthetic
 from harness import RunningServer, ask, serve
 
 from pyllamarun.machine.cards import find_card
-from pyllamarun.plan.probe import Answer
+from pyllamarun.planning.probe import Answer
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.stage import Usage, standin_stage
 from pyllamarun.units import GIB, MIB

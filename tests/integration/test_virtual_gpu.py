@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from harness import Machine, read_state
 
-from pyllamarun.plan.request import VirtualGpu
+from pyllamarun.planning.request import VirtualGpu
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.command import environment
 from pyllamarun.units import MIB

@@ -17,8 +17,8 @@ import pytest
 import synthetic
 
 from pyllamarun.machine.cards import find_card
-from pyllamarun.plan.probe import Probe
-from pyllamarun.plan.request import VirtualGpu
+from pyllamarun.planning.probe import Probe
+from pyllamarun.planning.request import VirtualGpu
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.stage import Stage, open_probe, standin_stage, virtual_stage
 from pyllamarun.units import GIB

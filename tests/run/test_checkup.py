@@ -9,7 +9,7 @@ import pytest
 
 from pyllamarun.machine.gpu import Gpu, GpuProcess, GpuSurvey
 from pyllamarun.machine.host import Cpu, Disk, Memory
-from pyllamarun.plan.probe import Device
+from pyllamarun.planning.probe import Device
 from pyllamarun.run import checkup
 from pyllamarun.run.binaries import Build
 from pyllamarun.units import GIB

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyllamarun.plan.request import VirtualGpu
+from pyllamarun.planning.request import VirtualGpu
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.command import environment, shell_line
 from pyllamarun.units import GIB

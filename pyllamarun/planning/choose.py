@@ -1,0 +1,182 @@
+"""What the user allows the planner to change: tries it, one thing after the other, and keeps what gains clearly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pyllamarun.errors import DoesNotFit
+from pyllamarun.models.gguf import Header
+from pyllamarun.planning.hardware import UNKNOWN, Hardware
+from pyllamarun.planning.limits import Limit
+from pyllamarun.planning.place import Ask, place
+from pyllamarun.planning.placement import Placement
+from pyllamarun.planning.probe import Refused
+from pyllamarun.planning.request import DEFAULT_UBATCH_TOKENS, THROUGHPUT, Request, fixed_value, has_option
+from pyllamarun.planning.token_cost import use_of
+from pyllamarun.planning.variants import SHORTEST_CONTEXT_TOKENS
+
+CACHE_TYPES = ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v")
+FLASH_ATTENTION = ("-fa", "--flash-attn")
+UBATCH, BATCH = ("-ub", "--ubatch-size"), ("-b", "--batch-size")
+SMALLER_CACHES = ("q8_0", "q4_0")
+SMALLER_UBATCHES, LARGER_UBATCHES = (256, 128), (1024, 2048)
+MOST_SLOTS = 64
+
+# A change has to gain so much; larger ubatches, which speed up prompts, may cost so much of generation.
+CLEARLY, HARDLY = 0.95, 1.02
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A request as it was changed, its placement, and what was changed and why."""
+
+    header: Header
+    hardware: Hardware
+    request: Request
+    placement: Placement
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """What is to be least: of a token in one slot, or of each token where all slots generate together."""
+        slots = self.request.slots if self.request.goal == THROUGHPUT else 1
+        return self.placement.cost(self.header, self.hardware, use_of(self.request, slots)).seconds / slots
+
+
+Try = Callable[[Request], "Choice | None"]
+Changes = Iterator[tuple[Request, str]]
+
+
+def choose(
+    header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask, hardware: Hardware = UNKNOWN
+) -> Choice:
+    """The placement of what was asked for, or of what gains clearly by what may be changed.
+
+    Raises DoesNotFit where neither fits.
+    """
+    as_asked, refusal = _attempt(header, request, limits, ask, hardware)
+    if as_asked is None and not request.allow:
+        assert refusal
+        raise refusal
+
+    def attempt(changed: Request) -> Choice | None:
+        return _attempt(header, changed, limits, ask, hardware)[0]
+
+    best = as_asked
+    for axis, changes in AXES:
+        if axis in request.allow and limits:
+            best = _along(axis, changes(best.request if best else request), best, attempt)
+    if best is None:
+        assert refusal
+        raise refusal
+    return best
+
+
+def _attempt(
+    header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask, hardware: Hardware
+) -> tuple[Choice | None, DoesNotFit | None]:
+    try:
+        return Choice(header, hardware, request, place(header, request, limits, ask, hardware)), None
+    except DoesNotFit as error:
+        return None, error
+
+
+def _along(axis: str, changes: Changes, best: Choice | None, attempt: Try) -> Choice | None:
+    """Goes along an axis as long as it gains; where nothing fits yet, until something does."""
+    start = best
+    for changed, note in changes:
+        if best and best.placement.is_complete and axis != "slots":
+            break
+        try:
+            found = attempt(changed)
+        except Refused:  # llama.cpp does not know how, with this model
+            break
+        if found is None or (best and found.seconds >= _threshold(axis, changed) * best.seconds):
+            if best:
+                break
+            continue
+        best = replace(found, notes=(*(start.notes if start else ()), _reason(note, start, found)))
+    return best
+
+
+def _threshold(axis: str, changed: Request) -> float:
+    larger = axis == "ub" and int(fixed_value(changed.chosen, *UBATCH) or 0) > DEFAULT_UBATCH_TOKENS
+    return HARDLY if larger else CLEARLY
+
+
+def _reason(note: str, before: Choice | None, after: Choice) -> str:
+    if before is None:
+        return f"{note}, as allowed: otherwise it would not fit."
+    layers = ""
+    if after.placement.gpu_layers != before.placement.gpu_layers:
+        layers = f"{after.placement.gpu_layers} layers on the GPU in place of {before.placement.gpu_layers}, "
+    gain = before.seconds / after.seconds - 1
+    if gain >= 1:
+        how = f"{gain + 1:.1f} times as fast"
+    else:
+        how = f"{gain:.0%} faster" if gain >= 0 else f"{-gain:.0%} slower, but prompts are read in larger parts"
+    return f"{note}, as allowed: {layers}by prediction {how}."
+
+
+def _smaller_ubatches(request: Request) -> Changes:
+    """They take less to compute in."""
+    return _ubatches(request, SMALLER_UBATCHES)
+
+
+def _larger_ubatches(request: Request) -> Changes:
+    """They read the weights on the CPU less often for a prompt."""
+    return _ubatches(request, () if has_option(request.chosen, *UBATCH) else LARGER_UBATCHES)
+
+
+def _ubatches(request: Request, sizes: Sequence[int]) -> Changes:
+    if not has_option(request.passthrough, *UBATCH, *BATCH):
+        for tokens in sizes:
+            note = f"A ubatch of {tokens} tokens in place of {DEFAULT_UBATCH_TOKENS}"
+            yield _with(request, UBATCH, str(tokens)), note
+
+
+def _caches(request: Request) -> Changes:
+    """A quantized cache of values needs flash attention (llama_init_from_model)."""
+    attention = fixed_value(request.passthrough, *FLASH_ATTENTION)
+    if has_option(request.passthrough, *CACHE_TYPES) or attention in ("off", "0", "false", "disabled"):
+        return
+    for kind in SMALLER_CACHES:
+        keys = _with(request, CACHE_TYPES[:2], kind)
+        yield _with(keys, CACHE_TYPES[2:], kind), f"A KV cache in {kind} in place of f16"
+
+
+def _contexts(request: Request) -> Changes:
+    """Halves, as long as a slot has the shortest context that is of use."""
+    tokens = request.context_tokens // 2
+    while tokens >= SHORTEST_CONTEXT_TOKENS * request.slots:
+        yield replace(request, context_tokens=tokens), f"{tokens:,} tokens of context"
+        tokens //= 2
+
+
+def _slot_counts(request: Request) -> Changes:
+    """Doubles, as long as a slot's share of the context is the shortest that is of use."""
+    slots = 2 * request.slots
+    while slots <= MOST_SLOTS and request.context_tokens >= SHORTEST_CONTEXT_TOKENS * slots:
+        each = request.context_tokens // slots
+        yield replace(request, slots=slots), f"{slots} slots of {each:,} tokens"
+        slots *= 2
+
+
+def _with(request: Request, option: Sequence[str], value: str) -> Request:
+    """With an argument of ours, in place of another value for it."""
+    others = list(request.chosen)
+    if option[0] in others:
+        position = others.index(option[0])
+        del others[position : position + 2]
+    return replace(request, chosen=(*others, option[0], value))
+
+
+# In the order in which they are tried.
+AXES: tuple[tuple[str, Callable[[Request], Changes]], ...] = (
+    ("slots", _slot_counts),
+    ("kv", _caches),
+    ("ub", _smaller_ubatches),
+    ("ub", _larger_ubatches),
+    ("ctx", _contexts),
+)
