@@ -106,7 +106,9 @@ std::vector<uint32_t> sampled_sizes(size_t n, size_t count, uint32_t n_ubatch) {
 }
 
 // The longest prompt that llama-server accepts: one token less than a slot holds.
-uint32_t longest_prompt(const llama_context & context) { return context.get_cparams().n_ctx_seq - 1; }
+uint32_t longest_prompt(const llama_context & context) {
+    return context.get_cparams().n_ctx_seq - 1;
+}
 
 // Calls visit(ubatch, memory) for the ubatches of a batch, split as llama_context::decode splits it.
 template <typename Visit>

@@ -157,7 +157,8 @@ double read_bandwidth(const Ring & ring, int threads) {
     const auto start = Clock::now();
     for (int t = 0; t < threads; t++) {
         readers.emplace_back([&, t] {
-            for (size_t i = 0; Seconds(Clock::now() - start).count() < kPerRead; i = i + 2 * step > part ? 0 : i + step) {
+            for (size_t i = 0; Seconds(Clock::now() - start).count() < kPerRead;
+                 i = i + 2 * step > part ? 0 : i + step) {
                 sink += read_all(ring.data() + size_t(t) * part + i, step);
                 bytes += step;
             }
@@ -180,7 +181,8 @@ json read_bandwidths(const Ring & ring, int threads, int & best_threads) {
     for (const auto & [n, rate] : found) {
         best = std::max(best, rate);
     }
-    best_threads = std::find_if(found.begin(), found.end(), [&](auto & one) { return one.second > 0.95 * best; })->first;
+    best_threads =
+        std::find_if(found.begin(), found.end(), [&](auto & one) { return one.second > 0.95 * best; })->first;
     return results;
 }
 
@@ -260,7 +262,8 @@ class Graph {
 
   private:
     static ggml_context * context() {
-        return ggml_init({ggml_tensor_overhead() * 8 * kNodes + ggml_graph_overhead_custom(4 * kNodes, false), nullptr, true});
+        return ggml_init(
+            {ggml_tensor_overhead() * 8 * kNodes + ggml_graph_overhead_custom(4 * kNodes, false), nullptr, true});
     }
 
     ggml_context *inputs_, *nodes_;
@@ -273,7 +276,8 @@ struct Weights {
     bool repacked;
 };
 
-// Seconds of a product of `rows` rows of a type, `width` long, with `columns` vectors; 0 where the backend does not take it.
+// Seconds of a product of `rows` rows of a type, `width` long, with `columns` vectors; 0 where the backend does not
+// take it.
 double product_time(const Backend & backend, Weights & weights, ggml_type type, int64_t width, int64_t rows,
                     int64_t columns) {
     Graph graph;
@@ -295,7 +299,8 @@ json weight_rates(const Backend & backend, std::vector<Weights> & layouts, bool 
     json results = json::array();
     for (int i = 0; i < GGML_TYPE_COUNT; i++) {
         const ggml_type type = ggml_type(i);
-        const bool is_weight = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || ggml_is_quantized(type);
+        const bool is_weight =
+            type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || ggml_is_quantized(type);
         if (!is_weight || type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K || ggml_blck_size(type) == 0) {
             continue;
         }
