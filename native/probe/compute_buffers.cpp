@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <functional>
 #include <future>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -187,6 +188,42 @@ void fill_all_slots(llama_context & context, const Visit & visit) {
     }
 }
 
+// Takes in the next tokens of the first `slots` slots, `each` of them, in one batch if there is room.
+template <typename Visit>
+void take_together(llama_context & context, uint32_t slots, uint32_t filled, uint32_t each, const Visit & visit) {
+    const bool embeddings = context.get_cparams().embeddings;
+    const uint32_t most = std::max(1u, context.get_cparams().n_batch / slots), end = filled + each;
+    while (filled < end) {
+        const uint32_t next = std::min(end, filled + most);
+        common_batch batch(&context);
+        for (uint32_t slot = 0; slot < slots; slot++) {
+            for (uint32_t position = filled; position < next; position++) {
+                batch.add(0, int32_t(position), int32_t(slot), embeddings || position + 1 == end);
+            }
+        }
+        split(context, batch, visit);
+        filled = next;
+    }
+}
+
+// Slots that go on with their prompts at once: the last batch with equal parts of it for each of two slots, and of all,
+// when their caches are all but full.  fill_all_slots has no such ubatch, as there a slot is full when the next begins.
+template <typename Visit>
+void end_together(llama_context & context, const Visit & visit) {
+    const llama_cparams & params = context.get_cparams();
+    const uint32_t longest = longest_prompt(context);
+    for (uint32_t slots : std::set<uint32_t>{2, params.n_seq_max}) {
+        const uint32_t each = std::min(params.n_batch / slots, longest);
+        context.get_memory()->clear(/*data=*/false);
+        take_together(context, slots, 0, longest - each, [](const llama_ubatch &, const llama_memory_context_i *) {});
+        take_together(context, slots, longest - each, each,
+                      [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
+            const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
+            visit(Shape{ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone}, longest, memory);
+        });
+    }
+}
+
 // Every `stride`-th graph, from number `first` on.
 Share measure_share(llama_context & context, size_t first, size_t stride) {
     Share share;
@@ -208,6 +245,9 @@ Share measure_share(llama_context & context, size_t first, size_t stride) {
         if (context.get_cparams().n_seq_max > 1) {
             context.get_memory()->clear(/*data=*/false);
             fill_all_slots(context, measure);
+            if (!context.get_cparams().kv_unified) {  // else their ubatches are in effect those of one long prompt
+                end_together(context, measure);
+            }
         }
     }
     return share;
