@@ -157,7 +157,7 @@ void fill_a_slot(llama_context & context, const Visit & visit) {
 }
 
 // The same for the longest prompts in all slots at once, batched as llama-server does: those that generate first, then
-// prompts, each as far as there is room.  Where slots share one cache, a ubatch is in effect that of one long prompt.
+// prompts, each as far as there is room.
 template <typename Visit>
 void fill_all_slots(llama_context & context, const Visit & visit) {
     const llama_cparams & params = context.get_cparams();
@@ -180,9 +180,8 @@ void fill_all_slots(llama_context & context, const Visit & visit) {
         }
         split(context, batch, [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
             const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
-            const uint32_t sequences = params.kv_unified ? 1 : ubatch.n_seqs;
             if (is_sampled(n++)) {
-                visit(Shape{ubatch.n_tokens, sequences, outputs > 0 ? outputs : kNone}, longest, memory);
+                visit(Shape{ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone}, longest, memory);
             }
         });
     }
@@ -218,9 +217,10 @@ void end_together(llama_context & context, const Visit & visit) {
         take_together(context, slots, 0, longest - each, [](const llama_ubatch &, const llama_memory_context_i *) {});
         take_together(context, slots, longest - each, each,
                       [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
-            const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
-            visit(Shape{ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone}, longest, memory);
-        });
+                          const uint32_t outputs =
+                              uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
+                          visit(Shape{ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone}, longest, memory);
+                      });
     }
 }
 
@@ -242,12 +242,11 @@ Share measure_share(llama_context & context, size_t first, size_t stride) {
     }
     if (context.get_memory()) {
         fill_a_slot(context, measure);
-        if (context.get_cparams().n_seq_max > 1) {
+        // Where slots share one cache, their ubatches are in effect those of one long prompt.
+        if (context.get_cparams().n_seq_max > 1 && !context.get_cparams().kv_unified) {
             context.get_memory()->clear(/*data=*/false);
             fill_all_slots(context, measure);
-            if (!context.get_cparams().kv_unified) {  // else their ubatches are in effect those of one long prompt
-                end_together(context, measure);
-            }
+            end_together(context, measure);
         }
     }
     return share;
