@@ -225,7 +225,7 @@ void end_together(llama_context & context, const Visit & visit) {
 }
 
 // Every `stride`-th graph, from number `first` on.
-Share measure_share(llama_context & context, size_t first, size_t stride) {
+Share measure_share(llama_context & context, NextnRows rows, size_t first, size_t stride) {
     Share share;
     size_t number = 0;
     const auto measure = [&](const Shape & shape, uint32_t prompt, const llama_memory_context_i * memory) {
@@ -239,6 +239,9 @@ Share measure_share(llama_context & context, size_t first, size_t stride) {
     }
     for (const Shape & shape : reserved_shapes(context)) {
         measure(shape, 0, full.get());
+    }
+    if (rows != NextnRows::kNone) {
+        context.set_embeddings_nextn(true, /*masked=*/rows == NextnRows::kOfOutputs);
     }
     if (context.get_memory()) {
         fill_a_slot(context, measure);
@@ -309,12 +312,13 @@ extern "C" void ggml_backend_sched_reserve_size(ggml_backend_sched_t sched, ggml
     reserve_size(sched, graph, sizes);
 }
 
-ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts) {
+ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts, NextnRows rows) {
     std::vector<std::future<Share>> others;
     for (size_t i = 1; i < contexts.size(); i++) {
-        others.push_back(std::async(std::launch::async, measure_share, std::ref(*contexts[i]), i, contexts.size()));
+        others.push_back(std::async(std::launch::async, measure_share, std::ref(*contexts[i]), rows, i,
+                                       contexts.size()));
     }
-    std::vector<Share> shares{measure_share(*contexts[0], 0, contexts.size())};
+    std::vector<Share> shares{measure_share(*contexts[0], rows, 0, contexts.size())};
     for (std::future<Share> & other : others) {
         shares.push_back(other.get());
     }

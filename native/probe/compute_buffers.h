@@ -24,6 +24,9 @@ struct ComputeMemory {
     GraphSteps generation;  // of the graph that generates a token in each slot
 };
 
+// For which tokens llama-server takes the embedding that multi-token prediction goes by, from when it is ready.
+enum class NextnRows { kNone, kAll, kOfOutputs };
+
 // For contexts opened on a model that was loaded with no_alloc, all with the same parameters; they share the work, a
 // thread each, and are left unusable.
 //
@@ -32,4 +35,4 @@ struct ComputeMemory {
 // built; ggml_backend_sched_reserve, which allocates, does not).  And the graph that it reserves for is not always the
 // largest: where layers are split between GPU and CPU, each change between a prompt and generation lays the buffer out
 // anew, and smaller tensors can be laid out worse.
-ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts);
+ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts, NextnRows rows);

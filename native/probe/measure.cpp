@@ -189,8 +189,9 @@ void add_steps(json & answer, const GraphSteps & graph, const char * part) {
     answer["graphs"].push_back({{"part", part}, {"splits", graph.splits}, {"devices", devices}});
 }
 
-void add_context(json & answer, const Contexts & contexts, const char * part, bool mapped, bool with_weights) {
-    const auto [compute, scratch, generation] = measure_compute_memory(contexts.pointers());
+void add_context(json & answer, const Contexts & contexts, NextnRows rows, const char * part, bool mapped,
+                 bool with_weights) {
+    const auto [compute, scratch, generation] = measure_compute_memory(contexts.pointers(), rows);
     json & buffers = answer["buffers"];
     add_scratch(answer, scratch, part);
     add_steps(answer, generation, part);
@@ -288,12 +289,15 @@ struct BackendSamplers {
     }
 };
 
+bool predicts_many(const common_params & params) {
+    const auto & types = params.speculative.types;
+    return std::find(types.begin(), types.end(), COMMON_SPECULATIVE_TYPE_DRAFT_MTP) != types.end();
+}
+
 // The draft model's or MTP context, opened beside the target's: common_speculative_init_result.
 void add_draft(json & answer, common_params & params, llama_model * target, llama_context * target_context,
                bool mapped) {
-    const auto & types = params.speculative.types;
-    const bool has_draft = params.speculative.has_dft();
-    const bool mtp = std::find(types.begin(), types.end(), COMMON_SPECULATIVE_TYPE_DRAFT_MTP) != types.end();
+    const bool has_draft = params.speculative.has_dft(), mtp = predicts_many(params);
     if (!has_draft && !mtp) {
         return;
     }
@@ -310,7 +314,7 @@ void add_draft(json & answer, common_params & params, llama_model * target, llam
         draft = load(draft_params, mapped);
     }
     const Contexts contexts = open(has_draft ? draft.get() : target, context_params, 1);
-    add_context(answer, contexts, "draft", mapped, has_draft);
+    add_context(answer, contexts, mtp ? NextnRows::kOfOutputs : NextnRows::kNone, "draft", mapped, has_draft);
 }
 
 // server_context_impl::load_model's parameters for the vision or audio projector.
@@ -363,7 +367,7 @@ json measure_memory(const std::vector<std::string> & server_arguments) {
     answer["buffers"] = json::array();
     answer["scratch"] = json::array();
     answer["graphs"] = json::array();
-    add_context(answer, contexts, "model", mapped, true);
+    add_context(answer, contexts, predicts_many(params) ? NextnRows::kAll : NextnRows::kNone, "model", mapped, true);
     add_draft(answer, params, model.get(), context, mapped);
     add_mmproj(answer["buffers"], params);
     const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;

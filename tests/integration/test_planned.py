@@ -62,11 +62,7 @@ def test_room_is_left_for_what_is_held_besides(
     shares: Sequence[float],
     tiny: Callable[[str], Path],
     machine: Callable[..., Machine],
-    request: pytest.FixtureRequest,
 ) -> None:
-    if "draft-mtp" in options and len(shares) > 1:
-        reason = "what a multi-token prediction context grows by on a second GPU is not counted"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     model, gpus = tiny(architecture), machine(*[4096, 2048][: len(shares)])
     options = [str(tiny(word)) if word in ("llama", "projector") else word for word in options]
     fixed = ["-m", str(model), "-c", "1024", "-np", "1", "-fit", "off", "-dev", "VIRTUAL0", *options]
