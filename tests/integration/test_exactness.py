@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import synthetic
-from harness import Machine
+from harness import Machine, RunningServer
+
+from pyllamarun.planning.probe import Answer
+from pyllamarun.planning.request import DEFAULT_BATCH_TOKENS
 
 CONTEXT = ["-c", "1024", "-fit", "off"]
 # Checkpoints would split a prompt's last ubatch in two.
@@ -50,6 +53,16 @@ TWO_GPU_OPTION_SETS = {
 }
 
 
+def prompt_all_slots(server: RunningServer, answer: Answer) -> None:
+    """Prompts that fill all slots, one after the other, and then with equal parts of their ends at once."""
+    longest = answer.slot_context_tokens - 1
+    ends = min(DEFAULT_BATCH_TOKENS // answer.slots, longest)
+    for token, lengths in ((4, [longest]), (5, [longest - ends, longest])):
+        for length in lengths:
+            if length:
+                server.complete_together([[token] * length] * answer.slots)
+
+
 def check(machine: Machine, model: Path, options: list[str]) -> None:
     arguments = ["-m", str(model), *CONTEXT, *options]
     answer = machine.ask(arguments)
@@ -63,6 +76,8 @@ def check(machine: Machine, model: Path, options: list[str]) -> None:
     with machine.serve([*arguments, *UNSPLIT]) as server:
         assert server.used_bytes() == at_ready, f"{model.name} {options}: at ready"
         server.complete([3 + i % 200 for i in range(prompt_tokens)])
+        if answer.slots > 1 and "-np" in options:  # without, they share one cache
+            prompt_all_slots(server, answer)
         assert server.used_bytes() == in_use, f"{model.name} {options}: after a prompt of {prompt_tokens} tokens"
         assert server.peak_bytes() == in_use, f"{model.name} {options}: peak"
 
