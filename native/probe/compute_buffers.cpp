@@ -315,8 +315,8 @@ extern "C" void ggml_backend_sched_reserve_size(ggml_backend_sched_t sched, ggml
 ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts, NextnRows rows) {
     std::vector<std::future<Share>> others;
     for (size_t i = 1; i < contexts.size(); i++) {
-        others.push_back(std::async(std::launch::async, measure_share, std::ref(*contexts[i]), rows, i,
-                                       contexts.size()));
+        others.push_back(
+            std::async(std::launch::async, measure_share, std::ref(*contexts[i]), rows, i, contexts.size()));
     }
     std::vector<Share> shares{measure_share(*contexts[0], rows, 0, contexts.size())};
     for (std::future<Share> & other : others) {

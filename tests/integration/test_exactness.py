@@ -53,14 +53,14 @@ TWO_GPU_OPTION_SETS = {
 }
 
 
-def prompt_all_slots(server: RunningServer, answer: Answer) -> None:
-    """Prompts that fill all slots, one after the other, and then with equal parts of their ends at once."""
+def prompt_slots_together(server: RunningServer, answer: Answer) -> None:
+    """Prompts that fill all slots, and then, in all of them and in two, equal parts of a full context's end at once."""
     longest = answer.slot_context_tokens - 1
-    ends = min(DEFAULT_BATCH_TOKENS // answer.slots, longest)
-    for token, lengths in ((4, [longest]), (5, [longest - ends, longest])):
-        for length in lengths:
-            if length:
-                server.complete_together([[token] * length] * answer.slots)
+    server.complete_together([[4] * longest] * answer.slots)
+    for token, slots in ((5, answer.slots), (6, 2)):
+        start = longest - min(DEFAULT_BATCH_TOKENS // slots, longest)
+        for length in filter(None, (start, longest)):
+            server.complete_together([[token] * length] * slots)
 
 
 def check(machine: Machine, model: Path, options: list[str]) -> None:
@@ -77,7 +77,7 @@ def check(machine: Machine, model: Path, options: list[str]) -> None:
         assert server.used_bytes() == at_ready, f"{model.name} {options}: at ready"
         server.complete([3 + i % 200 for i in range(prompt_tokens)])
         if answer.slots > 1 and "-np" in options:  # without, they share one cache
-            prompt_all_slots(server, answer)
+            prompt_slots_together(server, answer)
         assert server.used_bytes() == in_use, f"{model.name} {options}: after a prompt of {prompt_tokens} tokens"
         assert server.peak_bytes() == in_use, f"{model.name} {options}: peak"
 
