@@ -205,22 +205,27 @@ void take_together(llama_context & context, uint32_t slots, uint32_t filled, uin
     }
 }
 
-// Slots that go on with their prompts at once: the last batch with equal parts of it for each of two slots, and of all,
-// when their caches are all but full.  fill_all_slots has no such ubatch, as there a slot is full when the next begins.
+// Slots that take in prompts at once, two and all of them: first up to the last batch's share of each, then that, when
+// their caches are all but full.  fill_all_slots has no such ubatches, as there a slot is full when the next begins.
 template <typename Visit>
-void end_together(llama_context & context, const Visit & visit) {
+void fill_together(llama_context & context, const Visit & visit) {
     const llama_cparams & params = context.get_cparams();
     const uint32_t longest = longest_prompt(context);
     for (uint32_t slots : std::set<uint32_t>{2, params.n_seq_max}) {
         const uint32_t each = std::min(params.n_batch / slots, longest);
+        const auto measure = [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
+            const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
+            visit(Shape{ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone}, longest, memory);
+        };
+        size_t n = 0;
         context.get_memory()->clear(/*data=*/false);
-        take_together(context, slots, 0, longest - each, [](const llama_ubatch &, const llama_memory_context_i *) {});
-        take_together(context, slots, longest - each, each,
+        take_together(context, slots, 0, longest - each,
                       [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
-                          const uint32_t outputs =
-                              uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
-                          visit(Shape{ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone}, longest, memory);
+                          if (is_sampled(n++) || ubatch.output[ubatch.n_tokens - 1]) {
+                              measure(ubatch, memory);
+                          }
                       });
+        take_together(context, slots, longest - each, each, measure);
     }
 }
 
@@ -249,7 +254,7 @@ Share measure_share(llama_context & context, NextnRows rows, size_t first, size_
         if (context.get_cparams().n_seq_max > 1 && !context.get_cparams().kv_unified) {
             context.get_memory()->clear(/*data=*/false);
             fill_all_slots(context, measure);
-            end_together(context, measure);
+            fill_together(context, measure);
         }
     }
     return share;
