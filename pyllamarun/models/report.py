@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from pyllamarun.models.catalog import Entry
 from pyllamarun.models.summary import Field, Group, Summary
@@ -10,23 +12,33 @@ from pyllamarun.output import printable, table
 from pyllamarun.units import format_size
 
 SHOWN_CHARACTERS = 72
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def describe_entries(entries: Sequence[Entry]) -> str:
-    """A line for each model, and below them what is wrong with the damaged ones."""
-    header = ["NAME", "STORE", "SIZE", "TYPE", "ARCHITECTURE", "CONTEXT", "PATH"]
-    lines = [table([_row(entry) for entry in entries], header=header, right=(2, 5))]
-    damaged = [entry for entry in entries if entry.problem]
-    lines += [""] * bool(damaged) + [f"{printable(entry.name)}: {entry.problem}" for entry in damaged]
-    return "\n".join(lines)
+def describe_entries(
+    entries: Sequence[Entry], columns: Mapping[str, Sequence[str]] = NOTHING, remarks: Mapping[str, str] = NOTHING
+) -> str:
+    """A line for each model, and below them what is wrong with the damaged ones.
+
+    `columns` stand before the path, by their titles; `remarks`, by a model's name, below all.
+    """
+    header = ["NAME", "STORE", "SIZE", "TYPE", "ARCHITECTURE", "CONTEXT", *columns, "PATH"]
+    more = zip(*columns.values()) if columns else [()] * len(entries)
+    rows = [[*_row(entry), *cells, _path(entry)] for entry, cells in zip(entries, more)]
+    below = {entry.name: entry.problem for entry in entries if entry.problem} | dict(remarks)
+    lines = [table(rows, header=header, right=(2, 5)), *[""] * bool(below)]
+    return "\n".join(lines + [f"{printable(name)}: {text}" for name, text in below.items()])
 
 
 def _row(entry: Entry) -> list[str]:
     architecture = "damaged" if entry.problem else entry.architecture
     context = f"{entry.trained_context_tokens:,}" if entry.trained_context_tokens else ""
-    path = entry.path + (f" and {entry.parts - 1} more" if entry.parts > 1 else "")
     size = format_size(entry.file_bytes)
-    return [printable(entry.name), entry.store, size, entry.file_type, architecture, context, printable(path)]
+    return [printable(entry.name), entry.store, size, entry.file_type, architecture, context]
+
+
+def _path(entry: Entry) -> str:
+    return printable(entry.path + (f" and {entry.parts - 1} more" if entry.parts > 1 else ""))
 
 
 def describe_summary(summary: Summary) -> str:

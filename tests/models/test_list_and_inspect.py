@@ -225,6 +225,41 @@ def test_list_shows_the_models_of_all_stores_and_what_is_wrong_with_some(tiny: C
         assert (run_cli("inspect", name).returncode == 0) == (not problem), name
 
 
+def test_list_says_whether_each_model_fits() -> None:
+    folder = paths.models_folder()
+    folder.mkdir(parents=True)
+    shapes.write(shapes.llama_8b(32), folder / "large.gguf")
+    shapes.write(shapes.llama_8b(4), folder / "small.gguf")
+    write_sparse(folder / "foreign.gguf", {"general.architecture": Value(STRING, "nobody")}, [("t", F16, (256, 256))])
+    (folder / "damaged.gguf").write_bytes(b"GGUF")
+    machine = ("--virtual-gpu", "3GiB", "--ram-bandwidth", "50GB/s")
+    result = run_cli("list", *machine, "--json")
+    assert result.returncode == 0, result.stderr
+    fits = {Path(model["path"]).stem: model["fits"] for model in json.loads(result.stdout)["data"]["models"]}
+    plan = json.loads(run_cli("plan", folder / "large.gguf", *machine, "--json").stdout)["data"]
+    assert fits["large"]["verdict"] == "partly"
+    assert fits["large"]["gpu_layers"] == plan["gpu_layers"]
+    assert fits["large"]["generation"] == plan["speed"]["generation"]
+    assert fits["small"]["verdict"] == "gpu"
+    assert (fits["foreign"]["verdict"], "nobody" in fits["foreign"]["reason"]) == ("unknown", True)
+    assert fits["damaged"] is None
+    text = run_cli("list", *machine).stdout
+    assert f"{plan['gpu_layers']} of 33 layers" in text
+    assert "all on the GPU" in text
+    bare = json.loads(run_cli("list", "--no-plan", "--json").stdout)["data"]["models"]
+    assert [model["fits"] for model in bare] == [None] * 4
+
+
+def test_without_llama_cpp_the_models_are_listed_all_the_same(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = paths.models_folder()
+    folder.mkdir(parents=True)
+    os.link(tiny("llama"), folder / "m.gguf")
+    (tmp_path / "build.json").write_text('{"tag": "b1", "commit": "0", "backend": "cpu"}')
+    result = run_cli("list", PYLLAMARUN_BIN_DIR=str(tmp_path))
+    assert (result.returncode, "m.gguf" in result.stdout) == (0, True)
+    assert "Whether they fit is not known" in result.stderr
+
+
 def test_list_without_a_model_says_where_one_would_be() -> None:
     result = run_cli("list")
     assert (result.returncode, result.stdout) == (0, "")
