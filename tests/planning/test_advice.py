@@ -25,7 +25,7 @@ from pyllamarun.planning.variants import Variant
 
 def data_of(*arguments: str | Path) -> dict[str, Any]:
     command, *others = arguments
-    result = run_cli(command, "--json", *others)
+    result = run_cli(command, "--advice", "--json", *others)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)["data"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import shapes
-from harness import Machine
+from harness import SLOW_CPU, Machine
 
 from pyllamarun.models.gguf import read_header
 from pyllamarun.planning.limits import resolve_limits
@@ -60,7 +60,7 @@ def placed(
 ) -> Placement:
     devices = [Device(name, name, "VIRTUAL", "gpu", 24 * GIB, 24 * GIB) for name in machine.device_names]
     request = Request(context, 1, tuple(Budget("bytes", size) for size in budgets), 0, tuple(options))
-    placement = place(read_header(model), request, resolve_limits(request, devices), machine.ask)
+    placement = place(read_header(model), request, resolve_limits(request, devices), machine.ask, SLOW_CPU)
     for limit in placement.limits:
         assert placement.used_bytes(limit) <= limit.budget_bytes
     return placement
@@ -74,7 +74,7 @@ def test_more_vram_is_never_slower(
     least, most = (needs(gpu, model, options, layers) for layers in ("0", "99"))
     header = read_header(model)
     budgets = [int(least + (most - least) * share) for share in SHARES]
-    costs = [placed(gpu, model, options, [budget]).cost(header).seconds for budget in budgets]
+    costs = [placed(gpu, model, options, [budget]).cost(header, SLOW_CPU).seconds for budget in budgets]
     assert costs == sorted(costs, reverse=True), dict(zip(SHARES, costs))
     assert costs[-1] < costs[0]
 
