@@ -27,7 +27,7 @@ from pyllamarun.planning.request import Budget, Request
 from pyllamarun.planning.saved import read_plan, write_plan
 from pyllamarun.units import GIB, MIB
 
-FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MACHINE = LibraryMachine.of(gpus="64GiB", ram="256GiB")
 CARD_BYTES = 64 * GIB
 SHARES = st.floats(0.02, 1.1)
