@@ -12,40 +12,29 @@ import itertools
 import random
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from llama_header import STRING, TYPES, UINT32, Llama
 
 from pyllamarun.models.gguf import ARRAY, INT32, Array, Value
 from pyllamarun.models.skeleton import write_sparse
-from pyllamarun.models.types import TENSOR_TYPES, TensorType
+from pyllamarun.models.types import TensorType
 
-LAYERS, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 80, 8192, 28672, 64, 8, 128, 128256
+MODEL = Llama(
+    name="Llama 3 70B",
+    layers=80,
+    embedding=8192,
+    feed_forward=28672,
+    heads=64,
+    kv_heads=8,
+    head_size=128,
+    vocabulary=128256,
+    context=8192,
+    rope_base=500000.0,
+)
 MERGES = 280147
-TYPES = {tensor_type.name: tensor_type for tensor_type in TENSOR_TYPES.values()}
-UINT32, FLOAT32, STRING = 4, 6, 8
-
-
-def metadata(file_type: int) -> dict[str, Value]:
-    integers = {
-        "llama.block_count": LAYERS,
-        "llama.context_length": 8192,
-        "llama.embedding_length": EMBEDDING,
-        "llama.feed_forward_length": FEED_FORWARD,
-        "llama.attention.head_count": HEADS,
-        "llama.attention.head_count_kv": KV_HEADS,
-        "llama.rope.dimension_count": HEAD_SIZE,
-        "llama.vocab_size": VOCABULARY,
-        "general.file_type": file_type,
-        "general.quantization_version": 2,
-    }
-    return {
-        "general.architecture": Value(STRING, "llama"),
-        "general.name": Value(STRING, "Llama 3 70B (header)"),
-        **{key: Value(UINT32, number) for key, number in integers.items()},
-        "llama.attention.layer_norm_rms_epsilon": Value(FLOAT32, 1e-5),
-        "llama.rope.freq_base": Value(FLOAT32, 500000.0),
-        "tokenizer.ggml.model": Value(STRING, "none"),
-    }
+metadata, shapes = MODEL.metadata, MODEL.shapes
 
 
 def vocabulary() -> dict[str, Value]:
@@ -55,7 +44,7 @@ def vocabulary() -> dict[str, Value]:
     tokens = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]  # GPT-2's bytes
     known = set(tokens)
     words = ("".join(seeded.choices("abcdefghijklmnopqrstuvwxyzĠ", k=seeded.randint(4, 11))) for _ in itertools.count())
-    while len(tokens) < VOCABULARY:
+    while len(tokens) < MODEL.vocabulary:
         word = next(words)
         if word not in known:
             known.add(word)
@@ -65,7 +54,9 @@ def vocabulary() -> dict[str, Value]:
         "tokenizer.ggml.model": Value(STRING, "gpt2"),
         "tokenizer.ggml.pre": Value(STRING, "llama-bpe"),
         "tokenizer.ggml.tokens": strings(tokens),
-        "tokenizer.ggml.token_type": Value(ARRAY, Array(INT32, VOCABULARY, struct.pack("<i", 1) * VOCABULARY)),
+        "tokenizer.ggml.token_type": Value(
+            ARRAY, Array(INT32, MODEL.vocabulary, struct.pack("<i", 1) * MODEL.vocabulary)
+        ),
         "tokenizer.ggml.merges": strings(merges),
         "tokenizer.ggml.bos_token_id": Value(UINT32, 128000),
         "tokenizer.ggml.eos_token_id": Value(UINT32, 128001),
@@ -78,25 +69,8 @@ def strings(texts: Sequence[str]) -> Value:
     return Value(ARRAY, Array(STRING, len(texts), raw))
 
 
-def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "token_embd.weight", (EMBEDDING, VOCABULARY)
-    yield "output_norm.weight", (EMBEDDING,)
-    yield "output.weight", (EMBEDDING, VOCABULARY)
-    for layer in range(LAYERS):
-        block = f"blk.{layer}"
-        yield f"{block}.attn_norm.weight", (EMBEDDING,)
-        yield f"{block}.ffn_norm.weight", (EMBEDDING,)
-        yield f"{block}.attn_q.weight", (EMBEDDING, HEADS * HEAD_SIZE)
-        yield f"{block}.attn_k.weight", (EMBEDDING, KV_HEADS * HEAD_SIZE)
-        yield f"{block}.attn_v.weight", (EMBEDDING, KV_HEADS * HEAD_SIZE)
-        yield f"{block}.attn_output.weight", (HEADS * HEAD_SIZE, EMBEDDING)
-        yield f"{block}.ffn_gate.weight", (EMBEDDING, FEED_FORWARD)
-        yield f"{block}.ffn_up.weight", (EMBEDDING, FEED_FORWARD)
-        yield f"{block}.ffn_down.weight", (FEED_FORWARD, EMBEDDING)
-
-
 def uses_more_bits(layer: int) -> bool:
-    return layer < LAYERS // 8 or layer >= 7 * LAYERS // 8 or (layer - LAYERS // 8) % 3 == 2
+    return layer < MODEL.layers // 8 or layer >= 7 * MODEL.layers // 8 or (layer - MODEL.layers // 8) % 3 == 2
 
 
 def q4_k_m(name: str, shape: tuple[int, ...]) -> TensorType:

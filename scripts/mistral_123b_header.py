@@ -8,59 +8,25 @@ The dimensions are those that Mistral AI published; the types those that llama-q
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from llama_70b_header import FLOAT32, STRING, TYPES, UINT32
+from llama_header import TYPES, Llama
 
-from pyllamarun.models.gguf import Value
 from pyllamarun.models.skeleton import write_sparse
 from pyllamarun.models.types import TensorType
 
-LAYERS, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 88, 12288, 28672, 96, 8, 128, 32768
-
-
-def metadata() -> dict[str, Value]:
-    integers = {
-        "llama.block_count": LAYERS,
-        "llama.context_length": 131072,
-        "llama.embedding_length": EMBEDDING,
-        "llama.feed_forward_length": FEED_FORWARD,
-        "llama.attention.head_count": HEADS,
-        "llama.attention.head_count_kv": KV_HEADS,
-        "llama.rope.dimension_count": HEAD_SIZE,
-        "llama.vocab_size": VOCABULARY,
-        "general.file_type": 13,
-        "general.quantization_version": 2,
-    }
-    return {
-        "general.architecture": Value(STRING, "llama"),
-        "general.name": Value(STRING, "Mistral Large 2 123B (header)"),
-        **{key: Value(UINT32, number) for key, number in integers.items()},
-        "llama.attention.layer_norm_rms_epsilon": Value(FLOAT32, 1e-5),
-        "llama.rope.freq_base": Value(FLOAT32, 1000000.0),
-        "tokenizer.ggml.model": Value(STRING, "none"),
-    }
-
-
-def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "token_embd.weight", (EMBEDDING, VOCABULARY)
-    yield "output_norm.weight", (EMBEDDING,)
-    yield "output.weight", (EMBEDDING, VOCABULARY)
-    of_a_layer = {
-        "attn_norm": (EMBEDDING,),
-        "ffn_norm": (EMBEDDING,),
-        "attn_q": (EMBEDDING, HEADS * HEAD_SIZE),
-        "attn_k": (EMBEDDING, KV_HEADS * HEAD_SIZE),
-        "attn_v": (EMBEDDING, KV_HEADS * HEAD_SIZE),
-        "attn_output": (HEADS * HEAD_SIZE, EMBEDDING),
-        "ffn_gate": (EMBEDDING, FEED_FORWARD),
-        "ffn_up": (EMBEDDING, FEED_FORWARD),
-        "ffn_down": (FEED_FORWARD, EMBEDDING),
-    }
-    for layer in range(LAYERS):
-        for name, shape in of_a_layer.items():
-            yield f"blk.{layer}.{name}.weight", shape
+MODEL = Llama(
+    name="Mistral Large 2 123B",
+    layers=88,
+    embedding=12288,
+    feed_forward=28672,
+    heads=96,
+    kv_heads=8,
+    head_size=128,
+    vocabulary=32768,
+    context=131072,
+    rope_base=1000000.0,
+)
 
 
 def q3_k_l(name: str, shape: tuple[int, ...]) -> TensorType:
@@ -73,7 +39,9 @@ def q3_k_l(name: str, shape: tuple[int, ...]) -> TensorType:
 
 
 def write(path: Path) -> Path:
-    return write_sparse(path, metadata(), ((name, q3_k_l(name, shape), shape) for name, shape in shapes()))
+    return write_sparse(
+        path, MODEL.metadata(file_type=13), ((n, q3_k_l(n, shape), shape) for n, shape in MODEL.shapes())
+    )
 
 
 if __name__ == "__main__":
