@@ -129,6 +129,12 @@ void split(llama_context & context, common_batch & batch, const Visit & visit) {
     } while (memory->next());
 }
 
+// The shape of a ubatch of several slots' prompts.
+Shape shape_of(const llama_ubatch & ubatch) {
+    const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
+    return {ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone};
+}
+
 // Calls visit(shape, prompt_tokens, memory) for ubatches of the longest prompt in one slot; prompt_tokens is the length
 // of a prompt that ends with this ubatch.
 template <typename Visit>
@@ -179,9 +185,8 @@ void fill_all_slots(llama_context & context, const Visit & visit) {
             }
         }
         split(context, batch, [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
-            const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
             if (is_sampled(n++)) {
-                visit(Shape{ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone}, longest, memory);
+                visit(shape_of(ubatch), longest, memory);
             }
         });
     }
@@ -214,8 +219,7 @@ void fill_together(llama_context & context, const Visit & visit) {
     for (uint32_t slots : std::set<uint32_t>{2, params.n_seq_max}) {
         const uint32_t each = std::min(params.n_batch / slots, longest);
         const auto measure = [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
-            const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
-            visit(Shape{ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone}, longest, memory);
+            visit(shape_of(ubatch), longest, memory);
         };
         size_t n = 0;
         context.get_memory()->clear(/*data=*/false);
