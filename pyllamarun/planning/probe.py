@@ -10,9 +10,11 @@ from typing import Any
 
 from pyllamarun.errors import BinaryError, UsageError
 
+SERVER = "llama-server"
+
 
 class Refused(UsageError):
-    """llama-server would refuse these arguments, or this model with them."""
+    """The program would refuse these arguments, or this model with them."""
 
     code = "refused"
 
@@ -59,7 +61,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Answer:
-    """What llama-server would allocate with the arguments that were asked about.
+    """What a program would allocate with the arguments that were asked about.
 
     `scratch_source` says where `scratch` comes from: "computed" by the probe, or "rehearsed".
     """
@@ -118,14 +120,14 @@ class Probe:
         self._process = process
         self.questions = 0
 
-    def ask(self, arguments: Sequence[str]) -> Answer:
+    def ask(self, arguments: Sequence[str], program: str = SERVER) -> Answer:
         """Raises Refused with llama.cpp's reason, or BinaryError when the probe died."""
         self.questions += 1
-        line = self._answer_to(list(arguments))
+        line = self._answer_to({"program": program, "arguments": list(arguments)})
         try:
             data = json.loads(line)
         except ValueError:
-            raise Refused("llama-server would print this and end.", why=line.strip()) from None
+            raise Refused(f"{program} would print this and end.", why=line.strip()) from None
         return _answer(data)
 
     def devices(self) -> tuple[Device, ...]:
