@@ -31,7 +31,7 @@ from pyllamarun.output import printable
 from pyllamarun.planning.hardware import Hardware, hardware_of
 from pyllamarun.planning.plan import Plan, make_plan
 from pyllamarun.planning.probe import Answer, Device, Probe, Refused
-from pyllamarun.planning.request import RPC, Budget, Request, fixed_value, has_option, make_request
+from pyllamarun.planning.request import RPC, SERVER, Budget, Request, fixed_value, has_option, make_request
 from pyllamarun.planning.saved import confirm
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.command import environment
@@ -149,7 +149,7 @@ class Planner:
 
         Raises DoesNotFit, UsageError, Refused or BinaryError.
         """
-        memory, ask = memory or self.memory(request.ram), self._ask(model.header)
+        memory, ask = memory or self.memory(request.ram), self._ask(model.header, request.program)
         devices, hardware = self.devices_of(request.rpc), self.hardware
         return make_plan(model.header, request, devices, memory, ask, hardware, lambda: self._survey)
 
@@ -175,8 +175,8 @@ class Planner:
     def _running_probe(self) -> Probe:
         return self._probe or self._start_probe()
 
-    def _ask(self, header: Header) -> _Questions:
-        return _Questions(self._probe_for, header, self.skeleton(header), self.rehearsals(header))
+    def _ask(self, header: Header, program: str = SERVER) -> _Questions:
+        return _Questions(self._probe_for, header, self.skeleton(header), self.rehearsals(header), program)
 
     def _probe_for(self, arguments: Sequence[str]) -> Probe:
         """The probe that can answer: with RPC servers it is another, and a new one wherever more than places changes.
@@ -213,19 +213,25 @@ class _Questions:
     """Asks the probe about a model by its skeleton, and takes into account what rehearsals of it have shown."""
 
     def __init__(
-        self, probe_for: Callable[[Sequence[str]], Probe], header: Header, skeleton: Path, rehearsals: Rehearsals
+        self,
+        probe_for: Callable[[Sequence[str]], Probe],
+        header: Header,
+        skeleton: Path,
+        rehearsals: Rehearsals,
+        program: str,
     ) -> None:
-        self._probe_for, self._rehearsals = probe_for, rehearsals
+        self._probe_for, self._rehearsals, self._program = probe_for, rehearsals, program
         self._model, self._architecture, self._skeleton = str(header.path), header.architecture, str(skeleton)
 
     def __call__(self, arguments: Sequence[str]) -> Answer:
-        return self._rehearsals.applied(arguments, self._answer(arguments))
+        answer = self._answer(arguments)
+        return self._rehearsals.applied(arguments, answer) if self._program == SERVER else answer
 
     def _answer(self, arguments: Sequence[str]) -> Answer:
         if any(argument in NEEDS_VOCABULARY for argument in arguments):
-            return self._probe_for(arguments).ask(arguments)
+            return self._probe_for(arguments).ask(arguments, self._program)
         try:
-            return self._probe_for(arguments).ask(["-m", self._skeleton, *arguments[2:]])
+            return self._probe_for(arguments).ask(["-m", self._skeleton, *arguments[2:]], self._program)
         except Refused as error:
             what, why = (text.replace(self._skeleton, self._model) for text in (error.what, error.why))
             if UNKNOWN_ARCHITECTURE in why and self._model in what:

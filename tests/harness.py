@@ -18,8 +18,8 @@ from typing import Any
 
 from pyllamarun.machine.core_rates import nominal
 from pyllamarun.planning.hardware import Hardware
-from pyllamarun.planning.probe import SERVER, Answer, Probe
-from pyllamarun.planning.request import VirtualGpu
+from pyllamarun.planning.probe import Answer, Probe
+from pyllamarun.planning.request import SERVER, VirtualGpu
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import output_of, running

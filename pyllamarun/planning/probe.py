@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyllamarun.errors import BinaryError, UsageError
-
-SERVER = "llama-server"
+from pyllamarun.planning.request import SERVER
 
 
 class Refused(UsageError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyllamarun.errors import UsageError
 from pyllamarun.machine.cards import Card
@@ -21,6 +21,8 @@ RPC = ("--rpc",)
 # What the planner may change where it is allowed to: types of the KV cache, the size of ubatches, the context.
 ALLOWED = ("kv", "ub", "ctx")
 GOALS = LATENCY, THROUGHPUT = "latency", "throughput"
+# The programs that are planned for: a server, and those that read a text in chunks as long as the context.
+SERVER, PERPLEXITY, IMATRIX = "llama-server", "llama-perplexity", "llama-imatrix"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Request:
     `passthrough` is what the user wrote after `--`: it goes to llama.cpp as it stands, after our own arguments, and so
     wins over them.  `ram` is what the process may take of host memory, None for all that is available.  `allow` is what
     may be changed, of ALLOWED and "slots", and `chosen` are arguments with which the planner has done so.  `rpc` are
-    addresses of RPC servers: they come first of all arguments, since others name their devices.
+    addresses of RPC servers: they come first of all arguments, since others name their devices.  `program` is which of
+    llama.cpp's is to run: what it takes depends on that.
     """
 
     context_tokens: int
@@ -76,6 +79,7 @@ class Request:
     goal: str = LATENCY
     chosen: tuple[str, ...] = ()
     rpc: str = ""
+    program: str = SERVER
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -110,6 +114,12 @@ def make_request(
         goal=parse_goal(goal),
         rpc=rpc or fixed_value(arguments, *RPC) or "",
     )
+
+
+def chunks_request(request: Request, program: str, chunk_tokens: int) -> Request:
+    """The same for a program that reads a text in chunks, one a batch: more at once would only take more memory."""
+    size = str(chunk_tokens)
+    return replace(request, program=program, context_tokens=chunk_tokens, slots=1, chosen=("-b", size, "-ub", size))
 
 
 def parse_allow(text: str) -> frozenset[str]:
