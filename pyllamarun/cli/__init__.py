@@ -15,7 +15,7 @@ import click
 from pyllamarun import __version__
 from pyllamarun.errors import PyllamarunError
 
-COMMANDS = ("doctor", "list", "inspect", "plan", "rehearse", "quantize", "run", "serve")
+COMMANDS = ("doctor", "list", "inspect", "plan", "rehearse", "quantize", "compare", "run", "serve")
 INTERRUPTED, TERMINATED = 130, 143
 
 

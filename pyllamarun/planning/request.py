@@ -116,10 +116,12 @@ def make_request(
     )
 
 
-def chunks_request(request: Request, program: str, chunk_tokens: int) -> Request:
+def chunks_request(
+    request: Request, program: str, chunk_tokens: int, ubatch_tokens: int = DEFAULT_UBATCH_TOKENS
+) -> Request:
     """The same for a program that reads a text in chunks, one a batch: more at once would only take more memory."""
-    size = str(chunk_tokens)
-    return replace(request, program=program, context_tokens=chunk_tokens, slots=1, chosen=("-b", size, "-ub", size))
+    sizes = ("-b", str(chunk_tokens), "-ub", str(min(chunk_tokens, ubatch_tokens)))
+    return replace(request, program=program, context_tokens=chunk_tokens, slots=1, chosen=sizes)
 
 
 def parse_allow(text: str) -> frozenset[str]:
