@@ -14,7 +14,8 @@ from pyllamarun.errors import UsageError
 from pyllamarun.models.comparisons import Shelf
 from pyllamarun.models.divergence import OtherPart, ReferencePart
 from pyllamarun.models.gguf import Header
-from pyllamarun.run.perplexity import Start, check_logits, logits_bytes, read_other, read_reference
+from pyllamarun.run.logits import Layout
+from pyllamarun.run.perplexity import Start, read_other, read_reference
 from pyllamarun.units import GIB, format_size
 
 DISK_RESERVE_BYTES = GIB
@@ -85,7 +86,6 @@ class Measurement:
         text.write_bytes(self._parts[number])
         check = self._checking(number, reference.header)
         measured = read_reference(self._start, reference.argv, text, logits, left, check)
-        check_logits(logits, reference.header.vocabulary_size, self._chunk_tokens, measured.chunks)
         self._shelf.keep_reference_part(number, measured)
         return measured
 
@@ -102,7 +102,7 @@ class Measurement:
         def check(done: int, chunks: int) -> None:
             if done == 0:
                 self._know(number, chunks)
-                self._check_disk(logits_bytes(header.vocabulary_size, self._chunk_tokens, chunks))
+                self._check_disk(Layout(self._chunk_tokens, header.vocabulary_size, chunks).size_bytes)
             self._counting(done, chunks)
 
         return check

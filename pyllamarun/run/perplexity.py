@@ -1,30 +1,35 @@
 """Runs llama-perplexity over one part of a text, and reads its numbers as they come.
 
-It exits with 0 also where it could not do what it was asked; what it printed says so.  Options, lines and the file of
-logits: tools/perplexity/perplexity.cpp.
+It exits with 0 also where it could not do what it was asked, and it may exit before its last lines are written
+(common_log_main() in common/log.cpp says so).  So what the reference predicts is read from its file, and another model
+reads again where its last lines are missing.  Options and lines: tools/perplexity/perplexity.cpp.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import shutil
 import subprocess
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from pyllamarun.errors import ModelError, PyllamarunError, ServerError, UsageError
+from pyllamarun.errors import ModelError, ServerError, UsageError
 from pyllamarun.models.divergence import Mean, OtherPart, ReferencePart
+from pyllamarun.run.logits import Layout, is_begun_only, read_layout, read_reference_part
 from pyllamarun.run.server import LAST_LINES, failure
 from pyllamarun.units import format_size
 
 Start = Callable[[Sequence[str]], AbstractContextManager["subprocess.Popen[str]"]]
 Progress = Callable[[int, int], None]  # chunks done, of how many
 
+ATTEMPTS = 3
+VALUES_IN_A_LINE = 10  # five, each with its error
+
 _NUMBER = r"-?(?:\d+\.\d+|nan|inf)"
-_CHUNKS = re.compile(r"computing over (\d+) chunks|calculating perplexity over (\d+) chunks")
-_TOO_SHORT = re.compile(r"you need at least (\d+) tokens")
+_CHUNKS = re.compile(r"(?:computing|calculating perplexity) over (\d+) chunks")
 _ONLY = re.compile(r"tokenizes to only (\d+) tokens")
 _REFERENCE_CHUNK = re.compile(rf"\s*\d+\s+({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s*")
 _OTHER_CHUNK = re.compile(r"\s*(\d+)\s")
@@ -40,17 +45,6 @@ _STATISTICS = {
 }
 
 
-def predicted_tokens(chunk_tokens: int) -> int:
-    """Of a chunk: what follows its first half."""
-    return chunk_tokens - 1 - chunk_tokens // 2
-
-
-def logits_bytes(vocabulary_size: int, chunk_tokens: int, chunks: int) -> int:
-    """The size of the file of logits: for each predicted token 16 bits a token of the vocabulary and a scale."""
-    row_bytes = 2 * (2 * ((vocabulary_size + 1) // 2) + 4)
-    return 20 + chunks * (4 * chunk_tokens + predicted_tokens(chunk_tokens) * row_bytes)
-
-
 def read_reference(
     start: Start, argv: Sequence[str], text: Path, logits: Path, most_chunks: int | None, check: Progress
 ) -> ReferencePart:
@@ -61,50 +55,70 @@ def read_reference(
     """
     words = [*argv, "-f", str(text), "--kl-divergence-base", str(logits), "--ppl-output-type", "1", "--no-warmup"]
     words += ["--chunks", str(most_chunks)] if most_chunks is not None else []
-    rows: list[tuple[float, float]] = []
-
-    def take(line: str) -> bool:
-        found = _REFERENCE_CHUNK.fullmatch(line)
-        if found:
-            rows.append((float(found[2]), float(found[3])))
-        return bool(found)
-
-    lines, chunks = _run(start, words, take, check)
-    if not chunks or len(rows) != chunks:
-        raise _unfinished(lines, len(rows), chunks)
-    value, error = rows[-1]
-    _check_finite(argv, [value])
-    tokens = chunks * predicted_tokens(_chunk_tokens(argv))
-    return ReferencePart(chunks, tokens, Mean(value, _error(error)), tuple(surprise for surprise, _ in rows))
+    logits.unlink(missing_ok=True)
+    lines = _run(start, words, lambda line: bool(_REFERENCE_CHUNK.fullmatch(line)), check)
+    if is_begun_only(logits):
+        raise _too_short(lines)
+    layout = read_layout(logits)
+    if layout is None:
+        raise _unfinished(lines)
+    missing = layout.size_bytes - logits.stat().st_size
+    if missing > shutil.disk_usage(logits.parent).free:
+        raise UsageError(
+            f"{logits.parent} is full: of {format_size(layout.size_bytes)}, {format_size(missing)} are missing.",
+            why="The reference's predictions of a part of the text are kept there for a moment.",
+            remedy="Make room there, or set PYLLAMARUN_HOME to a folder on another disk.",
+        )
+    if missing:
+        raise _unfinished(lines)
+    measured = read_reference_part(logits, layout)
+    _check_finite(argv, [measured.surprise.value])
+    return measured
 
 
 def read_other(start: Start, argv: Sequence[str], logits: Path, check: Progress) -> OtherPart:
     """What another model predicts where the reference predicted `logits`.  Raises as `read_reference` does."""
     words = [*argv, "--kl-divergence-base", str(logits), "--kl-divergence", "--no-warmup"]
-    rows: list[list[float]] = []
+    layout = read_layout(logits)
+    assert layout
+    most = 0
 
-    def take(line: str) -> bool:
-        numbers = re.findall(_NUMBER, line) if _OTHER_CHUNK.match(line) else []
-        if len(numbers) == 10:  # five values, each with its error
-            rows.append([float(number) for number in numbers])
-        return len(numbers) == 10
+    def check_once(done: int, chunks: int) -> None:
+        nonlocal most
+        if done > most:  # not again, where it is read again
+            most = done
+            check(done, chunks)
 
-    lines, chunks = _run(start, words, take, check)
-    found = _statistics(lines)
-    if rows and not all(math.isfinite(row[0]) and math.isfinite(row[4]) for row in rows):
-        _check_finite(argv, [math.nan])
-    if not chunks or len(rows) != chunks or len(found) != len(_STATISTICS):
-        raise _unfinished(lines, len(rows), chunks)
-    _check_finite(argv, [mean.value for mean in found.values()])
+    for _ in range(ATTEMPTS):
+        rows: list[list[float]] = []
+
+        def take(line: str, rows: list[list[float]] = rows) -> bool:
+            numbers = re.findall(_NUMBER, line) if _OTHER_CHUNK.match(line) else []
+            if len(numbers) == VALUES_IN_A_LINE:
+                rows.append([float(number) for number in numbers])
+            return len(numbers) == VALUES_IN_A_LINE
+
+        lines = _run(start, words, take, check_once)
+        _check_finite(argv, [number for row in rows for number in (row[0], row[4])])
+        found = _statistics(lines)
+        if len(rows) == layout.chunks and len(found) == len(_STATISTICS):
+            _check_finite(argv, [mean.value for mean in found.values()])
+            return _other_part(layout, rows, found)
+        if "failed to" in "\n".join(lines):
+            break
+    raise _unfinished(lines)
+
+
+def _other_part(layout: Layout, rows: Sequence[Sequence[float]], found: Mapping[str, Mean]) -> OtherPart:
     perplexity, rms = found["perplexity"], found["shift_rms"]
     return OtherPart(
-        chunks=chunks,
-        tokens=chunks * predicted_tokens(_chunk_tokens(argv)),
+        chunks=layout.chunks,
+        tokens=layout.chunks * layout.predicted_tokens,
         surprise=Mean(math.log(perplexity.value), perplexity.error / perplexity.value),
         rise=found["rise"],
         divergence=found["divergence"],
         most_divergence=found["most"].value,
-        shift=_percent(found["shift"]),
+        shift=Mean(found["shift"].value / 100, found["shift"].error / 100),
         squared_shift=Mean((rms.value / 100) ** 2, 2 * rms.value * rms.error / 1e4),
         same_top=found["same_top"].value / 100,
         running=tuple(math.log(row[0]) for row in rows),
@@ -112,8 +126,8 @@ def read_other(start: Start, argv: Sequence[str], logits: Path, check: Progress)
     )
 
 
-def _run(start: Start, argv: Sequence[str], take: Callable[[str], bool], check: Progress) -> tuple[deque[str], int]:
-    """Its last lines but those of chunks, and how many chunks it found; raises why it failed."""
+def _run(start: Start, argv: Sequence[str], take: Callable[[str], bool], check: Progress) -> deque[str]:
+    """Its last lines but those of chunks, which `take` takes; raises why it failed, where it says so by its status."""
     lines: deque[str] = deque(maxlen=200)
     chunks = done = 0
     with start(argv) as process:
@@ -127,31 +141,26 @@ def _run(start: Start, argv: Sequence[str], take: Callable[[str], bool], check: 
             lines.append(line)
             found = None if chunks else _CHUNKS.search(line)
             if found:
-                chunks = int(found[1] or found[2])
+                chunks = int(found[1])
                 check(0, chunks)
         status = process.wait()
     if status != 0:
-        error = failure(status, lines)
-        error.what = f"llama-perplexity: {error.what}" if isinstance(error, ServerError) else error.what
-        raise error
-    _check_length(lines)
-    return lines, chunks
+        raise failure(status, lines)
+    return lines
 
 
-def _check_length(lines: Sequence[str]) -> None:
-    said = "\n".join(lines)
-    needed, there = _TOO_SHORT.search(said), _ONLY.search(said)
-    if needed:
-        raise UsageError(
-            "The text is too short.",
-            why=f"It is {there[1] if there else 'a few'} tokens, and {needed[1]} are needed: two chunks.",
-            remedy="Give a longer --text, or a smaller -c.",
-        )
+def _too_short(lines: Sequence[str]) -> UsageError:
+    said = _ONLY.search("\n".join(lines))
+    return UsageError(
+        "The text is too short.",
+        why=f"Two chunks are needed{f', and it is {said[1]} tokens' if said else ''}.",
+        remedy="Give a longer --text, or a smaller -c.",
+    )
 
 
-def _unfinished(lines: Sequence[str], done: int, chunks: int) -> PyllamarunError:
+def _unfinished(lines: Sequence[str]) -> ServerError:
     return ServerError(
-        f"llama-perplexity ended after {done} of {chunks} chunks.",
+        "llama-perplexity ended before it was done.",
         why="\n".join(list(lines)[-LAST_LINES:]),
         remedy="Run the same again: what was measured before is kept.",
     )
@@ -172,29 +181,10 @@ def _error(error: float) -> float:
     return error if math.isfinite(error) else 0.0
 
 
-def _percent(mean: Mean) -> Mean:
-    return Mean(mean.value / 100, mean.error / 100)
-
-
-def _chunk_tokens(argv: Sequence[str]) -> int:
-    return int(argv[list(argv).index("-c") + 1])
-
-
 def _check_finite(argv: Sequence[str], values: Sequence[float]) -> None:
     if not all(map(math.isfinite, values)):
         raise ModelError(
             f"{argv[list(argv).index('-m') + 1]} predicts no numbers (NaN).",
             why="Its weights are damaged, or overflow in the way that they are computed here.",
             remedy="Check the file, or try with every layer on the CPU: -- -ngl 0",
-        )
-
-
-def check_logits(logits: Path, vocabulary_size: int, chunk_tokens: int, chunks: int) -> None:
-    """Raises UsageError where not all of the logits could be written: llama-perplexity does not look."""
-    needed = logits_bytes(vocabulary_size, chunk_tokens, chunks)
-    there = logits.stat().st_size if logits.exists() else 0
-    if there < needed:
-        raise UsageError(
-            f"{logits.parent} is full: of {format_size(needed)} of logits {format_size(there)} were written.",
-            remedy="Make room there, or set PYLLAMARUN_HOME to a folder on another disk.",
         )

@@ -1,0 +1,210 @@
+"""compare: what a requantization loses, measured by the real llama-perplexity."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import read_state, run_cli, start_cli
+
+from pyllamarun.models.comparisons import kept_for
+from pyllamarun.models.gguf import read_header
+from pyllamarun.models.text import read_text
+from pyllamarun.paths import state_folder
+from pyllamarun.run.binaries import Binaries
+from pyllamarun.run.command import environment
+from pyllamarun.run.process import output_of
+
+LIMIT_SECONDS = 60.0
+
+
+def quantized(binaries: Binaries, source: Path, target: Path, type_name: str) -> Path:
+    quantizer = binaries.path("llama-quantize")
+    argv = [quantizer, "--allow-requantize", source, target, type_name, "2"]
+    status, text = output_of(list(map(str, argv)), environment(binaries, ()))
+    assert status == 0, text[-2000:]
+    return target
+
+
+@pytest.fixture(scope="session")
+def smollm2_q2k(smollm2: Path, binaries: Binaries, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(binaries, smollm2, tmp_path_factory.mktemp("q2k") / "smollm2-Q2_K.gguf", "Q2_K")
+
+
+@pytest.fixture(scope="session")
+def pair(
+    tiny: Callable[[str], Path], binaries: Binaries, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A tiny model and its Q2_K."""
+    source = tiny("llama-k-quants")
+    return source, quantized(binaries, source, tmp_path_factory.mktemp("pair") / "tiny-Q2_K.gguf", "Q2_K")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two parts, in words of the tiny models' vocabulary."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = (f"word{number * number % 101}" + "\n" * (number % 20 == 0) for number in range(9600))
+    path.write_text(" ".join(words))
+    assert len(read_text(path).parts(256)) == 2
+    return path
+
+
+def compare(*arguments: str | Path, **variables: str) -> dict[str, Any]:
+    result = run_cli("compare", *arguments, "-c", "256", "--json", **variables)
+    envelope = json.loads(result.stdout)
+    assert envelope["ok"], envelope["error"]
+    assert envelope["kind"] == "quality"
+    data: dict[str, Any] = envelope["data"]
+    return data
+
+
+def test_a_requantization_loses_and_the_model_itself_does_not(smollm2: Path, smollm2_q2k: Path) -> None:
+    data = compare(smollm2, smollm2_q2k, smollm2, "--chunks", "2")
+    q2k, itself = data["others"]
+    assert q2k["perplexity"]["value"] > data["reference"]["perplexity"]["value"]
+    assert q2k["difference"]["kl_divergence"] > 10 * q2k["difference"]["kl_divergence_error"]
+    assert "Q2_K" in q2k["verdict"]
+    assert itself["perplexity"]["value"] == pytest.approx(data["reference"]["perplexity"]["value"], rel=1e-4)
+    assert itself["difference"]["kl_divergence"] == pytest.approx(0, abs=1e-5)  # the logits are kept in 16 bits
+    assert itself["difference"]["same_top"] == 1
+    assert "the same" in itself["verdict"]
+    kept = kept_for(state_folder() / "comparisons", read_header(smollm2), "Q2_K")
+    assert kept
+    assert kept.difference.kl_divergence == q2k["difference"]["kl_divergence"]
+
+
+def test_parts_add_up_to_what_llama_perplexity_says_of_their_chunks(pair: tuple[Path, Path], text: Path) -> None:
+    data = compare(*pair, "--text", text)
+    other = data["others"][0]
+    assert data["chunks"] == len(other["running_perplexity"]) == len(other["running_kl_divergence"]) > 20
+    assert data["tokens"] == 127 * data["chunks"]
+    for running, total in (
+        (data["reference"]["running_perplexity"], data["reference"]["perplexity"]["value"]),
+        (other["running_perplexity"], other["perplexity"]["value"]),
+        (other["running_kl_divergence"], other["difference"]["kl_divergence"]),
+    ):
+        assert running[-1] == pytest.approx(total, rel=1e-4)
+    rise = other["perplexity"]["value"] / data["reference"]["perplexity"]["value"] - 1
+    assert other["difference"]["perplexity_rise"] == pytest.approx(rise, abs=1e-4)
+
+
+def test_what_was_measured_is_not_measured_again(pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+    first = compare(*pair, "--text", text, "--chunks", "3")
+    moved = tmp_path / "of another name.gguf"
+    os.link(pair[1], moved)
+    again = compare(pair[0], moved, "--text", text, "--chunks", "3")
+    anew = compare(*pair, "--text", text, "--chunks", "3", "--again")
+    assert [run["measured_now"] for run in (first, again, anew)] == [True, False, True]
+    for run in (again, anew):
+        assert run["others"][0]["difference"] == first["others"][0]["difference"]
+    assert not list(tmp_path.rglob("*.logits"))
+
+
+def test_a_killed_comparison_goes_on_where_it_was(
+    pair: tuple[Path, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compare(*pair, "--text", text)
+    monkeypatch.setenv("PYLLAMARUN_HOME", str(tmp_path / "killed"))
+    process = start_cli(
+        "compare", *pair, "--text", text, "-c", "256", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    comparisons, deadline = tmp_path / "killed/state/comparisons", time.monotonic() + LIMIT_SECONDS
+    while not list(comparisons.glob("*/01.logits")):  # the second part has begun
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = list(comparisons.glob("*/*-00.json"))
+    times = [path.stat().st_mtime_ns for path in done]
+    assert len(done) == 2
+    resumed = compare(*pair, "--text", text)
+    assert resumed["measured_now"]
+    assert [path.stat().st_mtime_ns for path in done] == times
+    assert resumed["others"][0]["difference"] == whole["others"][0]["difference"]
+    assert resumed["reference"]["perplexity"] == whole["reference"]["perplexity"]
+    assert not list(comparisons.rglob("*.logits"))
+
+
+@pytest.mark.parametrize("budget_mib", [301, 340])
+def test_the_budget_is_kept(budget_mib: int, pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    arguments = ("--text", text, "--chunks", "2", "--virtual-gpu", "1GiB", "--vram", f"{budget_mib}MiB")
+    data = compare(*pair, *arguments, PYLLAMARUN_VIRTUAL_STATE=str(state))
+    other = data["others"][0]
+    (device,) = read_state(state)  # of the last process, in which the driver's reserve counts
+    assert device.peak_bytes <= other["vram_bytes"] <= budget_mib << 20
+    if budget_mib == 340:
+        assert other["gpu_layers"] > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"Too short.\n", "The text is too short"),
+        ("Caf\u00e9 au lait.\n".encode("latin-1") * 500, "is not UTF-8"),
+        (None, "There is no text file"),
+    ],
+)
+def test_a_text_that_cannot_be_used(
+    content: bytes | None, message: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    result = run_cli("compare", *pair, "--text", path, "-c", "256")
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_another_vocabulary_is_refused_before_anything_runs(smollm2: Path, pair: tuple[Path, Path]) -> None:
+    result = run_cli("compare", smollm2, pair[1])
+    assert result.returncode == 2
+    assert "have other vocabularies" in result.stderr
+    assert not state_folder().exists() or not list(state_folder().glob("comparisons/*"))
+
+
+def test_a_model_that_predicts_no_numbers(tiny: Callable[[str], Path], text: Path) -> None:
+    result = run_cli("compare", tiny("jamba"), tiny("jamba"), "--text", text, "-c", "256", "--chunks", "2")
+    assert result.returncode == 4
+    assert "predicts no numbers" in result.stderr
+
+
+def test_a_state_folder_that_cannot_be_written(pair: tuple[Path, Path]) -> None:
+    result = run_cli("compare", *pair, PYLLAMARUN_HOME="/proc/nowhere")
+    assert result.returncode == 2
+    assert "cannot be written" in result.stderr
+
+
+def test_one_comparison_at_a_time(pair: tuple[Path, Path], text: Path) -> None:
+    first = start_cli(
+        "compare", *pair, "--text", text, "-c", "256", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not list(state_folder().glob("comparisons/*/00.logits")):
+        assert time.monotonic() < deadline
+    second = run_cli("compare", *pair, "--text", text, "-c", "256")
+    first.send_signal(signal.SIGINT)
+    assert first.wait() == 130
+    assert second.returncode == 2
+    assert "another process" in second.stderr
+    assert not list(state_folder().rglob("*.logits"))
+
+
+def test_a_plot_is_drawn(pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for file in files:
+        result = run_cli("compare", *pair, "--text", text, "-c", "256", "--chunks", "2", "--plot", file)
+        assert result.returncode == 0, result.stderr
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for words in ("perplexity so far", "KL divergence so far", "Q2_K"):
+        assert words in files[0].read_text(), words
