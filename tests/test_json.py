@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,9 @@ def data(*arguments: str | Path) -> tuple[str, Any]:
     return envelope["kind"], envelope["data"]
 
 
-def test_every_field_is_documented(smollm2: Path, tmp_path: Path) -> None:
-    model = tmp_path / "smollm2.Q4_1.gguf"
+def test_every_field_is_documented(smollm2: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model, text = tmp_path / "smollm2.Q4_1.gguf", tmp_path / "text.txt"
+    text.write_text("word1 " * 1000)
     shutil.copy(smollm2, model)
     seen: dict[str, set[str]] = {}
     for arguments in (
@@ -67,6 +68,7 @@ def test_every_field_is_documented(smollm2: Path, tmp_path: Path) -> None:
         ("plan", model, *BOX, "--compare", "quants"),
         ("rehearse", model, *BOX),
         ("quantize", model, "Q3_K_M"),
+        ("compare", tiny("llama"), tiny("llama"), "--text", text, "-c", "256", "--chunks", "2"),
     ):
         kind, found = data(*arguments)
         seen.setdefault(kind, set()).update(leaves(found))

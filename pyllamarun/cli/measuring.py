@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from pyllamarun import output, paths
+from pyllamarun import output
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.host import read_cpu
 from pyllamarun.machine.machine import Machine
@@ -28,7 +28,6 @@ from pyllamarun.run.stage import ON_STANDIN, Stage
 
 # What a chunk is computed in, where it does not fit at once: the logits of a ubatch are in the compute buffer.
 SMALLER_UBATCHES = (128, 32)
-FOLDER = "comparisons"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def compared(wanted: Wanted) -> Outcome:
         planner.free_gpus()
         facts = [build.commit, build.backend, stage.kind, wanted.chunk_tokens, wanted.most_chunks]
         facts.append(list(wanted.request.passthrough))
-        shelf = Shelf(paths.state_folder() / FOLDER, models[0].header, wanted.text.digest, facts)
+        shelf = Shelf(models[0].header, wanted.text.digest, facts)
         program = str(planner.binaries.path(PERPLEXITY))
         readers = [_reader(program, subject, wanted.request) for subject in subjects]
         with shelf.held():

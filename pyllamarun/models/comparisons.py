@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pyllamarun import paths
 from pyllamarun.errors import UsageError
 from pyllamarun.models.divergence import Difference, OtherPart, Perplexity, ReferencePart
 from pyllamarun.models.gguf import Header
@@ -54,8 +55,8 @@ class Shelf:
     `facts` are whatever else a measurement depends on: the build, the chunks, llama.cpp's arguments.
     """
 
-    def __init__(self, folder: Path, reference: Header, text_digest: str, facts: Sequence[Any]) -> None:
-        self.folder = folder / _digest(identity(reference), text_digest, list(facts))
+    def __init__(self, reference: Header, text_digest: str, facts: Sequence[Any]) -> None:
+        self.folder = comparisons_folder() / _digest(identity(reference), text_digest, list(facts))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -114,9 +115,13 @@ class Shelf:
         _write(self.folder / f"{identity(other)}-{FINISHED}", facts)
 
 
-def kept_for(folder: Path, reference: Header, type_name: str) -> Kept | None:
+def comparisons_folder() -> Path:
+    return paths.state_folder() / "comparisons"
+
+
+def kept_for(reference: Header, type_name: str) -> Kept | None:
     """What the newest finished comparison of a model with a requantization of it to that type has shown, if any."""
-    wanted = identity(reference)
+    wanted, folder = identity(reference), comparisons_folder()
     try:
         files = sorted(folder.glob(f"*/*-{FINISHED}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pyllamarun.models.divergence import Difference, Perplexity
@@ -33,6 +34,11 @@ class Compared:
     running_kl_divergence: tuple[float, ...] = ()
     difference: Difference | None = None
     verdict: str = ""
+
+    @property
+    def short_name(self) -> str:
+        """Of a path, the file's name alone."""
+        return Path(self.name).name if self.name.endswith(".gguf") else self.name
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def describe_comparison(outcome: Outcome) -> str:
     models = (outcome.reference, *outcome.others)
     rows = [
         [
-            printable(one.name),
+            printable(one.short_name),
             format_size(one.file_bytes),
             f"{one.bits_per_weight:.2f}",
             f"{one.generation.low:.3g} to {one.generation.high:.3g}" if one.generation else "-",

@@ -76,7 +76,7 @@ def test_a_requantization_loses_and_the_model_itself_does_not(smollm2: Path, smo
     assert itself["difference"]["kl_divergence"] == pytest.approx(0, abs=1e-5)  # the logits are kept in 16 bits
     assert itself["difference"]["same_top"] == 1
     assert "the same" in itself["verdict"]
-    kept = kept_for(state_folder() / "comparisons", read_header(smollm2), "Q2_K")
+    kept = kept_for(read_header(smollm2), "Q2_K")
     assert kept
     assert kept.difference.kl_divergence == q2k["difference"]["kl_divergence"]
 
