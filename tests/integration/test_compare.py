@@ -133,16 +133,16 @@ def test_a_killed_comparison_goes_on_where_it_was(
     assert not list(comparisons.rglob("*.logits"))
 
 
-@pytest.mark.parametrize("budget_mib", [301, 340])
+@pytest.mark.parametrize("budget_mib", [308, 340])  # the smaller holds the logits of smaller ubatches alone
 def test_the_budget_is_kept(budget_mib: int, pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     arguments = ("--text", text, "--chunks", "2", "--virtual-gpu", "1GiB", "--vram", f"{budget_mib}MiB")
     data = compare(*pair, *arguments, PYLLAMARUN_VIRTUAL_STATE=str(state))
     other = data["others"][0]
-    (device,) = read_state(state)  # of the last process, in which the driver's reserve counts
-    assert device.peak_bytes <= other["vram_bytes"] <= budget_mib << 20
-    if budget_mib == 340:
-        assert other["gpu_layers"] > 0
+    (device,) = read_state(state)  # of the last process; a virtual GPU has no scratch memory, which comes in pieces
+    assert other["vram_bytes"] <= budget_mib << 20
+    assert other["vram_bytes"] - device.peak_bytes in (2 << 20, 4 << 20)
+    assert other["gpu_layers"] > 0
 
 
 @pytest.mark.parametrize(
