@@ -5,8 +5,9 @@
 
 Each row is one model on one card that is not here, with one budget: what pyllamarun plans, carried out by llama-server
 on the CUDA stand-in, as asked and with --allow ub, and what llama-server chooses with --fit, by default and with
---fit-target set so that the budget is its target.  Used is the peak of what the process held, context of 300 MiB included, while a prompt filled the
-context; over the budget is marked.  The models are headers of the published dimensions, without data.
+--fit-target set so that the budget is its target.  Used is the peak of what the process held, context of 300 MiB
+included, while a prompt filled the context; over the budget is marked.  The models are headers of the published
+dimensions, without data.
 """
 
 from __future__ import annotations
