@@ -174,7 +174,7 @@ def _lock(descriptor: int) -> bool:
 
 def _remove_left_logits(folder: Path, but: Path) -> None:
     """Of comparisons whose process was killed."""
-    for path in folder.glob("*/*.logits"):
+    for path in [*folder.glob("*/*.logits"), *folder.glob("*/*.txt")]:
         if path.parent != but:
             with (path.parent / "lock").open("w") as lock:
                 if _lock(lock.fileno()):
