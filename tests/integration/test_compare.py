@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import read_state, run_cli, start_cli
 
-from pyllamarun.models.comparisons import kept_for
+from pyllamarun.models.comparisons import Shelf, kept_for
+from pyllamarun.models.divergence import difference, perplexity
+from pyllamarun.models.divergence import running as running_means
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.text import read_text
 from pyllamarun.paths import state_folder
 from pyllamarun.run.binaries import Binaries
 from pyllamarun.run.command import environment
-from pyllamarun.run.process import output_of
+from pyllamarun.run.measuring import Measured, Measurement, Reader
+from pyllamarun.run.process import output_of, running
 
 LIMIT_SECONDS = 60.0
+SMALL = ("-c", "256", "--", "-t", "1")  # tiny models are slower with two threads, where the cores are busy
 
 
 def quantized(binaries: Binaries, source: Path, target: Path, type_name: str) -> Path:
@@ -49,21 +56,28 @@ def pair(
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two parts, in words of the tiny models' vocabulary."""
+    """Some hundred chunks long."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = (f"word{number * number % 101}" + "\n" * (number % 20 == 0) for number in range(9600))
-    path.write_text(" ".join(words))
-    assert len(read_text(path).parts(256)) == 2
+    path.write_bytes(read_text(None).data)
     return path
 
 
 def compare(*arguments: str | Path, **variables: str) -> dict[str, Any]:
-    result = run_cli("compare", *arguments, "-c", "256", "--json", **variables)
+    result = run_cli("compare", *arguments, "--json", *SMALL, **variables)
     envelope = json.loads(result.stdout)
     assert envelope["ok"], envelope["error"]
     assert envelope["kind"] == "quality"
     data: dict[str, Any] = envelope["data"]
     return data
+
+
+def wait_for(folder: Path, pattern: str, is_alive: Callable[[], bool]) -> None:
+    """Until there is such a file in the folder."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not list(folder.glob(pattern)):
+        assert is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_requantization_loses_and_the_model_itself_does_not(smollm2: Path, smollm2_q2k: Path) -> None:
@@ -81,19 +95,40 @@ def test_a_requantization_loses_and_the_model_itself_does_not(smollm2: Path, smo
     assert kept.difference.kl_divergence == q2k["difference"]["kl_divergence"]
 
 
-def test_parts_add_up_to_what_llama_perplexity_says_of_their_chunks(pair: tuple[Path, Path], text: Path) -> None:
-    data = compare(*pair, "--text", text)
-    other = data["others"][0]
-    assert data["chunks"] == len(other["running_perplexity"]) == len(other["running_kl_divergence"]) > 20
-    assert data["tokens"] == 127 * data["chunks"]
-    for running, total in (
-        (data["reference"]["running_perplexity"], data["reference"]["perplexity"]["value"]),
-        (other["running_perplexity"], other["perplexity"]["value"]),
-        (other["running_kl_divergence"], other["difference"]["kl_divergence"]),
-    ):
-        assert running[-1] == pytest.approx(total, rel=1e-4)
-    rise = other["perplexity"]["value"] / data["reference"]["perplexity"]["value"] - 1
-    assert other["difference"]["perplexity_rise"] == pytest.approx(rise, abs=1e-4)
+def measured(
+    pair: tuple[Path, Path], program: Path, progress: Callable[[int, int], None] = lambda *_: None
+) -> Measured:
+    """The pair over two parts of some chunks each."""
+    variables = {name: value for name, value in os.environ.items() if name != "GGML_BACKEND_PATH"}
+
+    def start(argv: Sequence[str]) -> AbstractContextManager[subprocess.Popen[str]]:
+        return running(argv, variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    parts = [b"".join(b"It was %d. " % (number * number) for number in range(n, n + 100)) for n in (0, 500)]
+    readers = [
+        Reader(read_header(path), (str(program), "-m", str(path), "-c", "256", "-b", "256", "-t", "1")) for path in pair
+    ]
+    shelf = Shelf(readers[0].header, "two parts", [])
+    with shelf.held():
+        return Measurement(start, shelf, parts, 256, None, progress).run(readers[0], readers[1:])
+
+
+def test_parts_add_up(pair: tuple[Path, Path], binaries: Binaries) -> None:
+    told: list[tuple[int, int]] = []
+    found = measured(pair, binaries.path("llama-perplexity"), lambda *progress: told.append(progress))
+    (other,) = found.others
+    chunks = sum(part.chunks for part in other)
+    assert found.fresh_chunks == 2 * chunks
+    assert told[-1] == (2 * chunks, 2 * chunks)
+    for parts in (found.reference, other):
+        running_surprise = running_means([(part.running, 127) for part in parts])
+        assert len(running_surprise) == chunks
+        assert math.exp(running_surprise[-1]) == pytest.approx(perplexity(parts).value, rel=1e-4)
+    lost = difference(other)
+    divergences = running_means([(part.running_divergence, 127) for part in other])
+    assert divergences[-1] == pytest.approx(lost.kl_divergence, abs=2e-5)
+    rise = perplexity(other).value / perplexity(found.reference).value - 1
+    assert lost.perplexity_rise == pytest.approx(rise, abs=1e-4)
 
 
 def test_what_was_measured_is_not_measured_again(pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
@@ -109,28 +144,24 @@ def test_what_was_measured_is_not_measured_again(pair: tuple[Path, Path], text: 
 
 
 def test_a_killed_comparison_goes_on_where_it_was(
-    pair: tuple[Path, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Path], binaries: Binaries, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = compare(*pair, "--text", text)
+    program = binaries.path("llama-perplexity")
+    whole = measured(pair, program)
     monkeypatch.setenv("PYLLAMARUN_HOME", str(tmp_path / "killed"))
-    process = start_cli(
-        "compare", *pair, "--text", text, "-c", "256", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    comparisons, deadline = tmp_path / "killed/state/comparisons", time.monotonic() + LIMIT_SECONDS
-    while not list(comparisons.glob("*/01.logits")):  # the second part has begun
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = list(comparisons.glob("*/*-00.json"))
-    times = [path.stat().st_mtime_ns for path in done]
-    assert len(done) == 2
-    resumed = compare(*pair, "--text", text)
-    assert resumed["measured_now"]
-    assert [path.stat().st_mtime_ns for path in done] == times
-    assert resumed["others"][0]["difference"] == whole["others"][0]["difference"]
-    assert resumed["reference"]["perplexity"] == whole["reference"]["perplexity"]
-    assert not list(comparisons.rglob("*.logits"))
+    process = multiprocessing.get_context("fork").Process(target=measured, args=(pair, program))
+    process.start()
+    wait_for(state_folder(), "comparisons/*/01.logits", process.is_alive)  # the second part has begun
+    process.kill()
+    process.join()
+    (folder,) = state_folder().glob("comparisons/*")
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*-00.json")}
+    assert len(times) == 2
+    resumed = measured(pair, program)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*-00.json")} == times
+    assert resumed.fresh_chunks == 2 * whole.reference[1].chunks
+    assert (resumed.reference, resumed.others) == (whole.reference, whole.others)
+    assert not list(folder.glob("*.logits"))
 
 
 @pytest.mark.parametrize("budget_mib", [308, 340])  # the smaller holds the logits of smaller ubatches alone
@@ -161,7 +192,7 @@ def test_a_text_that_cannot_be_used(
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    result = run_cli("compare", *pair, "--text", path, "-c", "256")
+    result = run_cli("compare", *pair, "--text", path, *SMALL)
     assert result.returncode == 2
     assert message in result.stderr
 
@@ -174,7 +205,7 @@ def test_another_vocabulary_is_refused_before_anything_runs(smollm2: Path, pair:
 
 
 def test_a_model_that_predicts_no_numbers(tiny: Callable[[str], Path], text: Path) -> None:
-    result = run_cli("compare", tiny("jamba"), tiny("jamba"), "--text", text, "-c", "256", "--chunks", "2")
+    result = run_cli("compare", tiny("jamba"), tiny("jamba"), "--text", text, "--chunks", "2", *SMALL)
     assert result.returncode == 4
     assert "predicts no numbers" in result.stderr
 
@@ -186,15 +217,16 @@ def test_a_state_folder_that_cannot_be_written(pair: tuple[Path, Path]) -> None:
 
 
 def test_one_comparison_at_a_time(pair: tuple[Path, Path], text: Path) -> None:
-    first = start_cli(
-        "compare", *pair, "--text", text, "-c", "256", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not list(state_folder().glob("comparisons/*/00.logits")):
-        assert time.monotonic() < deadline
-    second = run_cli("compare", *pair, "--text", text, "-c", "256")
-    first.send_signal(signal.SIGINT)
-    assert first.wait() == 130
+    arguments = ("compare", *pair, "--text", text, *SMALL)
+    first = start_cli(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(state_folder(), "comparisons/*/00.logits", lambda: first.poll() is None)
+        second = run_cli(*arguments)
+        first.send_signal(signal.SIGINT)
+        assert first.wait() == 130
+    finally:
+        first.kill()
+        first.wait()
     assert second.returncode == 2
     assert "another process" in second.stderr
     assert not list(state_folder().rglob("*.logits"))
@@ -203,7 +235,7 @@ def test_one_comparison_at_a_time(pair: tuple[Path, Path], text: Path) -> None:
 def test_a_plot_is_drawn(pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
     files = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for file in files:
-        result = run_cli("compare", *pair, "--text", text, "-c", "256", "--chunks", "2", "--plot", file)
+        result = run_cli("compare", *pair, "--text", text, "--chunks", "2", "--plot", file, *SMALL)
         assert result.returncode == 0, result.stderr
     assert files[0].read_bytes() == files[1].read_bytes()
     for words in ("perplexity so far", "KL divergence so far", "Q2_K"):
