@@ -49,9 +49,9 @@ def smollm2_q2k(smollm2: Path, binaries: Binaries, tmp_path_factory: pytest.Temp
 def pair(
     tiny: Callable[[str], Path], binaries: Binaries, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """A tiny model and its Q2_K."""
-    source = tiny("llama-k-quants")
-    return source, quantized(binaries, source, tmp_path_factory.mktemp("pair") / "tiny-Q2_K.gguf", "Q2_K")
+    """A tiny model and its Q4_0."""
+    source = tiny("qwen3")
+    return source, quantized(binaries, source, tmp_path_factory.mktemp("pair") / "tiny-Q4_0.gguf", "Q4_0")
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +125,7 @@ def test_parts_add_up(pair: tuple[Path, Path], binaries: Binaries) -> None:
         assert len(running_surprise) == chunks
         assert math.exp(running_surprise[-1]) == pytest.approx(perplexity(parts).value, rel=1e-4)
     lost = difference(other)
+    assert lost.kl_divergence > 1e-4
     divergences = running_means([(part.running_divergence, 127) for part in other])
     assert divergences[-1] == pytest.approx(lost.kl_divergence, abs=2e-5)
     rise = perplexity(other).value / perplexity(found.reference).value - 1
@@ -238,5 +239,5 @@ def test_a_plot_is_drawn(pair: tuple[Path, Path], text: Path, tmp_path: Path) ->
         result = run_cli("compare", *pair, "--text", text, "--chunks", "2", "--plot", file, *SMALL)
         assert result.returncode == 0, result.stderr
     assert files[0].read_bytes() == files[1].read_bytes()
-    for words in ("perplexity so far", "KL divergence so far", "Q2_K"):
+    for words in ("perplexity so far", "KL divergence so far", "Q4_0"):
         assert words in files[0].read_text(), words
