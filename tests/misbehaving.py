@@ -48,7 +48,11 @@ class Handler(BaseHTTPRequestHandler):
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().setup()
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
+        self._answered = False
         number = self.server.record(Request(self.path, dict(self.headers.items())))
         behaviours = self.server.routes.get(self.path.partition("?")[0], (refuse(404),))
         with contextlib.suppress(ConnectionError):
@@ -61,9 +65,13 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {status} Status"] + [
             f"{name}: {value}" for name, value in sent.items() if value is not None
         ]
-        self.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.write("\r\n".join([*lines, "", ""]).encode())
+        self._answered = True
+        self.write(body)
 
     def write(self, data: bytes) -> None:
+        if self.command == "HEAD" and self._answered:
+            return
         for start in range(0, len(data), BLOCK_BYTES):
             self.wfile.write(data[start : start + BLOCK_BYTES])
             self.server.sent_bytes += len(data[start : start + BLOCK_BYTES])
@@ -99,16 +107,16 @@ def serve(content: RemoteContent, **more: str | int | None) -> Behaviour:
             bounds = f"bytes {start}-{end - 1}/{content.size}"
             handler.answer(206, content.read(start, end), **{"Content_Range": bounds, "ETag": content.etag, **more})
         else:
-            without_ranges(content)(handler)
+            without_ranges(content, **more)(handler)
 
     return behaviour
 
 
-def without_ranges(content: RemoteContent) -> Behaviour:
+def without_ranges(content: RemoteContent, **more: str | int | None) -> Behaviour:
     """The whole file, whatever was asked for, until it is enough for the client."""
 
     def behaviour(handler: Handler) -> None:
-        handler.answer(200, Content_Length=content.size, ETag=content.etag)
+        handler.answer(200, **{"Content_Length": content.size, "ETag": content.etag, **more})
         for start in range(0, content.size, BLOCK_BYTES):
             handler.write(content.read(start, min(start + BLOCK_BYTES, content.size)))
 

@@ -22,6 +22,8 @@ from pyllamarun.models.refusals import AGAIN, Place
 if TYPE_CHECKING:
     import requests
 
+    from pyllamarun.models.hub_cache import Spot
+
 FIRST_BYTES = 64 << 10
 # Read beyond what is known to be needed: by the first part of a model, and by the others together.  With what else
 # goes over the line (redirects, a list of the repository's files) it stays within 1 MiB.
@@ -31,10 +33,15 @@ LEAST_AHEAD_BYTES = 8 << 10
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file on a server; `size_bytes` where it is known beforehand, else None."""
+    """One file on a server; `size_bytes` where it is known beforehand, else None; `sha256` where it is published.
+
+    `spot` is its place in Hugging Face's cache, where it is to be kept there.
+    """
 
     place: Place
     size_bytes: int | None = None
+    sha256: str = ""
+    spot: Spot | None = None
 
 
 def read_remote_header(web: Web, path: Path, find: Callable[[Path], RemoteFile]) -> Header:
