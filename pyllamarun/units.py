@@ -48,8 +48,10 @@ def format_size(size_bytes: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time for a person: "12 s", "3:05 min", "2:10 h"."""
+    """A time for a person: "0.4 s", "12 s", "3:05 min", "2:10 h"."""
     whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s"
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"

@@ -34,6 +34,7 @@ def command(machine: MachineOptions, with_plans: bool, as_json: bool) -> None:
 
     from pyllamarun import output, paths
     from pyllamarun.models.catalog import Catalog
+    from pyllamarun.models.pulling import is_here
     from pyllamarun.models.report import describe_entries
     from pyllamarun.models.store import open_index
     from pyllamarun.models.stores import all_stored
@@ -43,7 +44,7 @@ def command(machine: MachineOptions, with_plans: bool, as_json: bool) -> None:
         catalog = Catalog(index)
         entries = list(catalog.entries(all_stored()))
         catalog.save()
-        begun = [_begun(one) for one in index.begun()]
+        begun = [_begun(one) for one in index.begun() if not is_here(one)]
     sound = [entry for entry in entries if not entry.problem]
     planned = dict(zip((entry.path for entry in sound), _planned(sound, machine) if with_plans and sound else ()))
     if as_json:

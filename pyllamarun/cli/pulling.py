@@ -129,8 +129,9 @@ def _recommended(options: PlanOptions) -> Source:
 
 def _here(name: str, path: Path, index: Index, wishes: Wishes, projector: Source | None) -> Got:
     """A model that is here already: sound, and what the user says that it is."""
-    parts = read_header(path).parts
     pulling.check_whole(path)
+    parts = read_header(path).parts
+    index.end(str(path))
     store = next((one.store for one in stores.all_stored() if path in one.parts), stores.NONE)
     sha256 = [known_sha256(part, index) for part in parts]
     if wishes.sha256:
@@ -237,9 +238,6 @@ def _ask(job: Job, fits: Fit) -> None:
 def _fetched(wishes: Wishes, index: Index, job: Job, size_bytes: int, came: int, fits: Fit | None) -> Got:
     start, done = time.monotonic(), came
 
-    def waiting() -> None:
-        output.note("Another process pulls it already: this one waits for that.")
-
     try:
         with output.transfer(job.source.path.name, size_bytes, came) as show:
 
@@ -248,7 +246,7 @@ def _fetched(wishes: Wishes, index: Index, job: Job, size_bytes: int, came: int,
                 done = now
                 show(now, total)
 
-            pulled = pulling.carry_out(job, index, size_bytes, progress, waiting)
+            pulled = pulling.carry_out(job, index, size_bytes, progress, output.note)
     except (KeyboardInterrupt, Terminated):
         share = f"{format_size(done)} of {format_size(size_bytes)}"
         output.note(f"Interrupted: {share} are here and stay.  To go on: {shlex.join(_again(job, wishes))}")

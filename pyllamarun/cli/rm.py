@@ -42,5 +42,5 @@ def command(model: str, yes: bool, as_json: bool) -> None:
         return
     shared = ""
     if removed.shared_bytes:
-        shared = f"  Another revision has {format_size(removed.shared_bytes)} of it, which stay."
+        shared = f"  Another file of the cache has {format_size(removed.shared_bytes)} of it, which stay."
     output.print_text(f"{name} is removed: {format_size(removed.freed_bytes)} are free again.{shared}")

@@ -19,7 +19,7 @@ from pyllamarun.models.hub import parse_name
 from pyllamarun.models.names import part_names
 from pyllamarun.models.remote import RemoteFile
 from pyllamarun.models.sources import Source
-from pyllamarun.models.store import Index, known_sha256, pulling
+from pyllamarun.models.store import Begun, Index, known_sha256, pulling
 from pyllamarun.models.stores import Stored, all_stored, is_file
 from pyllamarun.units import MIB, format_size
 
@@ -165,6 +165,11 @@ def present_bytes(targets: Sequence[Path]) -> int:
     return sum(_allocated(target) or _allocated(partial_of(target)) for target in targets)
 
 
+def is_here(begun: Begun) -> bool:
+    """Whether a pull that was begun has been carried out since, by another program."""
+    return all(is_file(path) for path in (Path(begun.path), *begun.targets))
+
+
 def partial_of(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
@@ -187,19 +192,20 @@ def carry_out(
     index: Index,
     size_bytes: int,
     progress: Callable[[int, int], None] = lambda _, __: None,
-    waiting: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[PulledFile]:
     """Brings all files, one after the other, and checks what they are.
 
-    `progress` is told the bytes that are here, of all; `waiting` is called where another process is at it, which is
-    waited for and whose files are used.  Raises DownloadError, and ModelError where what came is no sound model.
+    `progress` is told the bytes that are here, of all; `say`, what a person should know meanwhile.  Where another
+    process is at it, that is waited for, and its files are used.  Raises DownloadError, and ModelError where what came
+    is no sound model.
     """
     waited = False
 
     def wait() -> None:
         nonlocal waited
         waited = True
-        waiting()
+        say("Another process pulls it already: this one waits for that.")
 
     with closing(Web()) as web, pulling(job.source.path, wait):
         index.begin(job.source.path, job.name, [part.target for part in job.parts], size_bytes)
@@ -207,7 +213,8 @@ def carry_out(
         for part in job.parts:
             before = sum(one.size_bytes for one in pulled)
             advance = _advance(progress, before, size_bytes)
-            pulled.append(_bring(web, job, part, index, advance, waited=waited))
+            got = _bring(web, job, part, index, advance, say)
+            pulled.append(replace(got, waited=got.waited or waited))
         for path in filter(None, (job.source.path, job.projector)):
             check_whole(path)
         index.end(str(job.source.path))
@@ -219,29 +226,29 @@ def _advance(progress: Callable[[int, int], None], before: int, total: int) -> C
 
 
 def _bring(
-    web: Web, job: Job, part: Part, index: Index, progress: Callable[[int, int], None], *, waited: bool
+    web: Web, job: Job, part: Part, index: Index, progress: Callable[[int, int], None], say: Callable[[str], None]
 ) -> PulledFile:
     spot = part.remote.spot
     if spot is None:
-        return _fetched(web, job, part, index, progress, waited=waited)
+        return _fetched(web, job, part, index, progress, say)
     hub_cache.make_room(spot)
     with hub_cache.locked(spot.lock):
-        pulled = _fetched(web, job, part, index, progress, waited=waited)
+        pulled = _fetched(web, job, part, index, progress, say)
         hub_cache.publish(spot)
     return pulled
 
 
 def _fetched(
-    web: Web, job: Job, part: Part, index: Index, progress: Callable[[int, int], None], *, waited: bool
+    web: Web, job: Job, part: Part, index: Index, progress: Callable[[int, int], None], say: Callable[[str], None]
 ) -> PulledFile:
     """The file under its target's name; what is there already stays as it is."""
     remote = part.remote
     if is_file(part.target):
         size_bytes = part.target.stat().st_size
         progress(size_bytes, size_bytes)
-        return PulledFile(part.path, known_sha256(part.target, index), size_bytes, 0, 0, waited)
+        return PulledFile(part.path, known_sha256(part.target, index), size_bytes, 0, 0, waited=False)
     _make_folder(part.target.parent)
-    got = fetch(web, Wanted(remote.place, part.target, remote.size_bytes, remote.sha256), progress)
+    got = fetch(web, Wanted(remote.place, part.target, remote.size_bytes, remote.sha256), progress, say)
     origin = urlsplit(remote.place.url)
     index.keep_file(
         part.target,
@@ -252,7 +259,7 @@ def _fetched(
         etag=got.etag,
     )
     transferred, resumed = got.transferred_bytes, got.resumed_bytes
-    return PulledFile(part.path, got.sha256, got.size_bytes, transferred, resumed, waited or got.waited)
+    return PulledFile(part.path, got.sha256, got.size_bytes, transferred, resumed, got.waited)
 
 
 def _make_folder(folder: Path) -> None:

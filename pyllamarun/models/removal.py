@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllamarun import paths
-from pyllamarun.errors import DownloadError, UsageError
+from pyllamarun.errors import UsageError
 from pyllamarun.models import hub_cache, stores
 from pyllamarun.models.pulling import partial_files
 from pyllamarun.models.sources import stored_model
@@ -40,12 +40,9 @@ class Removable:
 def removable(text: str, index: Index) -> Removable:
     """The model that is meant.  Raises UsageError and DownloadError where there is none, or it is another program's."""
     begun = next((one for one in index.begun() if text in (one.source, one.path)), None)
-    try:
-        found = stored_model(begun.path if begun else text)
-    except (UsageError, DownloadError):
-        if begun is None:
-            raise
+    if begun and not stores.is_file(Path(begun.path)):
         return _measured(begun.source, _store_of(Path(begun.path)), (Path(begun.path),), _partials(begun.targets))
+    found = stored_model(begun.path if begun else text)
     if found.store == stores.NONE:
         raise UsageError(
             f"{found.path} is kept by no store that pyllamarun removes from.",

@@ -81,6 +81,8 @@ def stored_model(text: str) -> stores.Stored:
     for one in stored:
         if any(path == stores.whole(part) for part in one.parts):
             return one
+    if not stores.is_file(source.path):
+        raise UsageError(f"There is no file {source.path}.", remedy="Check the path, or see `pyllamarun list`.")
     parts = tuple(source.path.with_name(name) for name in part_names(source.path.name))
     return stores.Stored(stores.NONE, source.name, parts)
 
