@@ -16,13 +16,13 @@ from pyllamarun.cli.planning import wanted_machine, wanted_request
 from pyllamarun.errors import BinaryError, DoesNotFit, DownloadError, UsageError
 from pyllamarun.fitting import POOR, UNKNOWN, Fit, fit
 from pyllamarun.models import pulling, stores
+from pyllamarun.models.download import sha256_of
 from pyllamarun.models.gguf import Header, read_header
 from pyllamarun.models.model import Model
 from pyllamarun.models.names import is_companion
 from pyllamarun.models.pulling import Job, PulledFile
 from pyllamarun.models.sources import Source, resolve
 from pyllamarun.models.store import Index, known_sha256, open_index
-from pyllamarun.models.verify import sha256_of
 from pyllamarun.planner import Planner
 from pyllamarun.units import format_seconds, format_size
 from pyllamarun.whatif import compare_models, requantized_models

@@ -24,7 +24,9 @@ from pyllamarun.models.stores import Stored, all_stored, is_file
 from pyllamarun.units import MIB, format_size
 
 DISK_RESERVE_BYTES = 64 * MIB
-HASH_BYTES = 1 << 20
+# What models/partial.py keeps beside a target.
+PARTIAL = ".partial"
+BESIDE = (PARTIAL, ".partial.journal", ".partial.journal.new", ".rejected")
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def check_disk(job: Job, size_bytes: int, more: Sequence[tuple[Path, int]] = ())
 
 def present_bytes(targets: Sequence[Path]) -> int:
     """What is on the disk already of files that are whole or on their way."""
-    return sum(_allocated(target) or _allocated(partial_of(target)) for target in targets)
+    return sum(_allocated(target) or _allocated(target.with_name(target.name + PARTIAL)) for target in targets)
 
 
 def is_here(begun: Begun) -> bool:
@@ -170,13 +172,9 @@ def is_here(begun: Begun) -> bool:
     return all(is_file(path) for path in (Path(begun.path), *begun.targets))
 
 
-def partial_of(target: Path) -> Path:
-    return target.with_name(target.name + ".partial")
-
-
 def partial_files(target: Path) -> list[Path]:
-    """What a download that has not ended keeps beside its target."""
-    return [path for path in (partial_of(target), partial_of(target).with_suffix(".partial.json")) if is_file(path)]
+    """What a download that has not ended, or that came wrong, keeps beside its target."""
+    return [path for suffix in BESIDE if is_file(path := target.with_name(target.name + suffix))]
 
 
 def _allocated(path: Path) -> int:
@@ -247,7 +245,6 @@ def _fetched(
         size_bytes = part.target.stat().st_size
         progress(size_bytes, size_bytes)
         return PulledFile(part.path, known_sha256(part.target, index), size_bytes, 0, 0, waited=False)
-    _make_folder(part.target.parent)
     got = fetch(web, Wanted(remote.place, part.target, remote.size_bytes, remote.sha256), progress, say)
     origin = urlsplit(remote.place.url)
     index.keep_file(
@@ -260,17 +257,6 @@ def _fetched(
     )
     transferred, resumed = got.transferred_bytes, got.resumed_bytes
     return PulledFile(part.path, got.sha256, got.size_bytes, transferred, resumed, got.waited)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DownloadError(
-            f"The folder {folder} cannot be made.",
-            why=error.strerror or str(error),
-            remedy="Make it writable, or set PYLLAMARUN_HOME to a folder that is.",
-        ) from None
 
 
 def check_whole(path: Path) -> None:

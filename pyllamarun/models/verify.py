@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pyllamarun.errors import ModelError, UsageError
+from pyllamarun.models.download import Progress, sha256_of
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.store import Index, named_sha256
 from pyllamarun.models.stores import Stored
 from pyllamarun.output import printable
-
-HASH_BYTES = 1 << 20
 
 # What it comes to: every checksum agrees; header, sizes and parts do, and no more was looked at; the same, and now its
 # checksums are recorded, there having been none; and not sound.
@@ -38,9 +36,7 @@ class Checked:
     problem: str
 
 
-def verify(
-    one: Stored, index: Index, *, deep: bool, progress: Callable[[int, int], None] = lambda _, __: None
-) -> Checked:
+def verify(one: Stored, index: Index, *, deep: bool, progress: Progress = lambda _, __: None) -> Checked:
     """Reads a model's headers, and, if `deep`, all of it; `progress` is told the bytes that were read, of all."""
     sizes = [_size_bytes(path) for path in one.parts]
     sha256: list[str] = []
@@ -60,13 +56,12 @@ def verify(
     )  # fmt: skip
 
 
-def _compare(
-    one: Stored, index: Index, sha256: list[str], total_bytes: int, progress: Callable[[int, int], None]
-) -> str:
+def _compare(one: Stored, index: Index, sha256: list[str], total_bytes: int, progress: Progress) -> str:
     """Adds the checksum of each part, and holds it against what is known.  Raises ModelError where they differ."""
     verdict, before = MATCHES, 0
     for path in one.parts:
-        found, before = _hash(path, before, total_bytes, progress)
+        found = sha256_of(path, partial(_advance, progress, before, total_bytes))
+        before += _size_bytes(path)
         sha256.append(found)
         expected, says = _expected(path, index)
         if expected and expected != found:
@@ -79,6 +74,10 @@ def _compare(
     return verdict
 
 
+def _advance(progress: Progress, before: int, total_bytes: int, done: int, _: int) -> None:
+    progress(before + done, total_bytes)
+
+
 def _expected(path: Path, index: Index) -> tuple[str, str]:
     """The checksum that a file should have, and who says so; "" where nobody does."""
     named = named_sha256(path)
@@ -86,21 +85,6 @@ def _expected(path: Path, index: Index) -> tuple[str, str]:
         return named, "its store calls it by"
     record = index.file(path)
     return (record.sha256, f"on {record.recorded[:10]} there was recorded") if record else ("", "")
-
-
-def _hash(path: Path, before: int, total_bytes: int, progress: Callable[[int, int], None]) -> tuple[str, int]:
-    """A file's sha256, and how many bytes were read with it and before."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(HASH_BYTES):
-            hasher.update(piece)
-            before += len(piece)
-            progress(before, total_bytes)
-    return hasher.hexdigest(), before
-
-
-def sha256_of(path: Path, progress: Callable[[int, int], None] = lambda _, __: None) -> str:
-    return _hash(path, 0, _size_bytes(path), progress)[0]
 
 
 def _size_bytes(path: Path) -> int:

@@ -286,9 +286,9 @@ class Held:
     reached: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
 
-    def behaviour(self, **facts: str | int | None) -> Behaviour:
+    def behaviour(self) -> Behaviour:
         """As it should be for headers; the data come in two pieces."""
-        soundly = serve(self.content, **facts)
+        soundly = serve(self.content)
 
         def behave(handler: Handler) -> None:
             _, end = handler.wanted(self.content)
@@ -300,12 +300,12 @@ class Held:
 
             def held(data: bytes) -> None:
                 nonlocal sent
-                write(data)
-                sent += len(data)
-                if sent > MIB // 2 and not self.let_go.is_set():
-                    handler.wfile.flush()
-                    self.reached.set()
-                    self.let_go.wait(SECONDS)
+                for position in range(0, len(data), MIB // 2):
+                    write(data[position : position + MIB // 2])
+                    sent += MIB // 2
+                    if sent > MIB // 2 and not self.let_go.is_set():
+                        self.reached.set()
+                        self.let_go.wait(SECONDS)
 
             vars(handler)["write"] = held
             soundly(handler)
@@ -335,7 +335,7 @@ def held(hugging_face: Server, tmp_path: Path) -> Iterator[Held]:
     """A repository whose file comes to a stop midway."""
     held = Held(large(tmp_path / "made"))
     publish(hugging_face, {FILE: held.content})
-    hugging_face.at(f"/{REPOSITORY}/resolve/{COMMIT}/{FILE}", held.behaviour(ETag=f'"{sha256(held.content)}"'))
+    hugging_face.at(f"/{REPOSITORY}/resolve/{COMMIT}/{FILE}", held.behaviour())
     yield held
     held.let_go.set()
 
@@ -411,8 +411,8 @@ def test_an_interrupted_pull_says_how_to_go_on_and_goes_on(held: Held, start: St
     assert not (repository() / "snapshots" / COMMIT / FILE).exists()
     held.let_go.set()
     data = done("pull", NAME)
-    assert data["file_bytes"] == held.content.size
-    assert data["transferred_bytes"] + data["resumed_bytes"] == held.content.size
+    assert data["resumed_bytes"] > 0
+    assert data["transferred_bytes"] + data["resumed_bytes"] == data["file_bytes"] == held.content.size
     assert done("list", "--no-plan")["begun"] == []
 
 
