@@ -343,10 +343,12 @@ def held(hugging_face: Server, tmp_path: Path) -> Iterator[Held]:
 def says(process: subprocess.Popen[str], words: str) -> str:
     """Reads what it says on stderr up to a line with these words."""
     assert process.stderr
+    said = ""
     for line in process.stderr:
         if words in line:
             return line
-    raise AssertionError(f"it ended without saying {words}")
+        said += line
+    raise AssertionError(f"it ended without saying {words}:\n{said}")
 
 
 def test_of_two_pulls_of_one_file_one_downloads_and_the_other_uses_it(
