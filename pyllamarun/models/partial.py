@@ -42,10 +42,14 @@ class Partial:
         try:
             self._resume()
         except BaseException:
-            self.close()
+            os.close(self._file)
             raise
 
     def close(self) -> None:
+        """Lets go of it; of a file of which nothing came, nothing stays."""
+        file = os.fstat(self._file)
+        if not file.st_size and file.st_nlink:
+            self.discard()
         os.close(self._file)
         if self._journal >= 0:
             os.close(self._journal)
