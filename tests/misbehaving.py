@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 BLOCK_BYTES = 16 << 10
-SEND_BUFFER_BYTES = 16 << 10  # what is in it counts as sent, and may not have been
+SEND_BUFFER_BYTES = 4 << 10  # what is in it counts as sent, and may never arrive
 
 
 @dataclass(frozen=True)
