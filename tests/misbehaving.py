@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import random
 import re
 import socket
 import struct
@@ -13,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 BLOCK_BYTES = 16 << 10
-SEND_BUFFER_BYTES = 64 << 10
+SEND_BUFFER_BYTES = 4 << 10  # what is in it counts as sent, and may never arrive
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,30 @@ class RemoteContent:
     def read(self, start: int, end: int) -> bytes:
         data = self.head[start:end]
         return data + bytes(end - start - len(data))
+
+
+PATTERN = random.Random(6).randbytes(1 << 20)
+
+
+class MadeUpContent(RemoteContent):
+    """A file without end to its bytes: a pattern of 1 MiB, each time with another number before it."""
+
+    def read(self, start: int, end: int) -> bytes:
+        pieces = [self.head[start:end]]
+        start += len(pieces[0])
+        while start < end:
+            number, offset = divmod(start, len(PATTERN))
+            piece = (number.to_bytes(8, "little")[offset:] + PATTERN[max(8, offset) :])[: end - start]
+            pieces.append(piece)
+            start += len(piece)
+        return b"".join(pieces)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, self.size, len(PATTERN)):
+            digest.update(self.read(start, min(start + len(PATTERN), self.size)))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -72,9 +98,10 @@ class Handler(BaseHTTPRequestHandler):
     def write(self, data: bytes) -> None:
         if self.command == "HEAD" and self._answered:
             return
+        view = memoryview(data)
         for start in range(0, len(data), BLOCK_BYTES):
-            self.wfile.write(data[start : start + BLOCK_BYTES])
-            self.server.sent_bytes += len(data[start : start + BLOCK_BYTES])
+            self.wfile.write(view[start : start + BLOCK_BYTES])
+            self.server.count(len(view[start : start + BLOCK_BYTES]))
 
     def reset(self) -> None:
         """Ends the connection as a crash would."""
@@ -194,6 +221,10 @@ class Server(ThreadingHTTPServer):
             count = sum(one.path.partition("?")[0] == request.path.partition("?")[0] for one in self.requests)
             self.requests.append(request)
             return count
+
+    def count(self, sent_bytes: int) -> None:
+        with self._lock:
+            self.sent_bytes += sent_bytes
 
     @property
     def url(self) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pyllamarun.errors import DownloadError
 from pyllamarun.models.disk import disk_error
 from pyllamarun.models.http import Web
-from pyllamarun.models.partial import HASHED_AT_ONCE_BYTES, Partial
+from pyllamarun.models.partial import HASHED_AT_ONCE_BYTES, Partial, is_begun
 from pyllamarun.models.refusals import Place
 from pyllamarun.units import format_size
 
@@ -61,7 +61,7 @@ def fetch(web: Web, wanted: Wanted, progress: Progress = _silent, say: Say = _si
     from pyllamarun.models.transfer import Transfer, Worthless
 
     target = wanted.target
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not is_begun(target):
         return _present(wanted, waited=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ cut too.  Which of the two counts is told by the boot it was written in.  It hol
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import stat
@@ -19,8 +20,14 @@ from pathlib import Path
 CHUNK_BYTES = 16 << 20
 MAX_JOURNAL_BYTES = 64 << 20
 ENTRY_BYTES = 4
+SUFFIXES = (".partial", ".partial.journal", ".partial.journal.new")
 # What is read at once of a file that is hashed; chunks are multiples of it.
 HASHED_AT_ONCE_BYTES = 1 << 20
+
+
+def is_begun(target: Path) -> bool:
+    """Whether anything of a download to this name is there."""
+    return any(os.path.lexists(target.with_name(target.name + suffix)) for suffix in SUFFIXES)
 
 
 class Partial:
@@ -32,23 +39,26 @@ class Partial:
     def __init__(self, target: Path, on_wait: Callable[[], None]) -> None:
         """Calls `on_wait` where another process has it, and waits until that one has done."""
         self.target = target
-        self.path = target.with_name(f"{target.name}.partial")
+        self.path, self._journal_path, self._new_path = (target.with_name(target.name + suffix) for suffix in SUFFIXES)
         self.rejected_path = target.with_name(f"{target.name}.rejected")
-        self._journal_path = target.with_name(f"{target.name}.partial.journal")
-        self._journal = -1
         self.version, self.size_bytes, self.done = "", 0, array("I")
         self._header = b""
+        self._journal: io.FileIO | None = None
         self._file, self.waited = _lock(self.path, on_wait)
         try:
             self._resume()
         except BaseException:
-            self.close()
+            self._file.close()
             raise
 
     def close(self) -> None:
-        os.close(self._file)
-        if self._journal >= 0:
-            os.close(self._journal)
+        """Lets go of it; of a file of which nothing came, nothing stays."""
+        file = self._stat()
+        if not file.st_size and file.st_nlink:
+            self.discard()
+        self._file.close()
+        if self._journal:
+            self._journal.close()
 
     @property
     def done_bytes(self) -> int:
@@ -56,7 +66,12 @@ class Partial:
 
     @property
     def is_empty(self) -> bool:
-        return os.fstat(self._file).st_size == 0
+        return self._stat().st_size == 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """What it takes of the disk: less than its size where there are gaps."""
+        return self._stat().st_blocks * 512
 
     def length(self, chunk: int) -> int:
         return min(CHUNK_BYTES, self.size_bytes - chunk * CHUNK_BYTES)
@@ -81,7 +96,7 @@ class Partial:
     def start(self, version: str, size_bytes: int) -> None:
         """Begins anew, with a file of this version and size."""
         self._journal_path.unlink(missing_ok=True)
-        os.ftruncate(self._file, 0)
+        self._file.truncate(0)
         self.version, self.size_bytes = version, size_bytes
         self.done = array("I", bytes(-(-size_bytes // CHUNK_BYTES) * ENTRY_BYTES))
         self._write_journal()
@@ -92,14 +107,13 @@ class Partial:
             chunk, offset = divmod(position, CHUNK_BYTES)
             count = min(len(data), self.done[chunk] - offset)
             if count <= 0:
-                count = os.pwrite(self._file, data[: CHUNK_BYTES - offset], position)
+                count = os.pwrite(self._file.fileno(), data[: CHUNK_BYTES - offset], position)
                 self.done[chunk] = offset + count
-                entry = len(self._header) + (len(self.done) + chunk) * ENTRY_BYTES
-                os.pwrite(self._journal, self.done[chunk : chunk + 1], entry)
+                self._note(self.done[chunk : chunk + 1], (len(self.done) + chunk) * ENTRY_BYTES)
             position, data = position + count, data[count:]
 
     def read(self, buffer: memoryview, position: int) -> int:
-        count = os.preadv(self._file, [buffer], position)
+        count = os.preadv(self._file.fileno(), [buffer], position)
         if not count:
             raise OSError(0, "it became shorter while it was read", str(self.path))
         return count
@@ -107,26 +121,38 @@ class Partial:
     def flush(self) -> None:
         """Notes what is there as safe from a power cut, once it is."""
         done = self.done[:]
-        os.fdatasync(self._file)
-        os.pwrite(self._journal, done, len(self._header))
+        os.fdatasync(self._file.fileno())
+        self._note(done, 0)
 
     def publish(self) -> None:
         """Gives the whole file its final name.  Raises FileExistsError where something has that name meanwhile."""
-        os.fsync(self._file)
+        os.fsync(self._file.fileno())
         if os.path.lexists(self.target):
             raise FileExistsError(f"{self.target} exists")
         self.path.rename(self.target)
-        self._journal_path.unlink(missing_ok=True)
+        self.rejected_path.unlink(missing_ok=True)
+        self._drop_journal()
         _sync_folder(self.target.parent)
 
     def reject(self) -> None:
         """Puts a file aside that is whole and not right."""
         self.path.rename(self.rejected_path)
-        self._journal_path.unlink(missing_ok=True)
+        self._drop_journal()
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
-        self._journal_path.unlink(missing_ok=True)
+        self._drop_journal()
+
+    def _drop_journal(self) -> None:
+        for path in (self._journal_path, self._new_path):
+            path.unlink(missing_ok=True)
+
+    def _stat(self) -> os.stat_result:
+        return os.fstat(self._file.fileno())
+
+    def _note(self, entries: array[int], position: int) -> None:
+        assert self._journal
+        os.pwrite(self._journal.fileno(), entries, len(self._header) + position)
 
     def _resume(self) -> None:
         """Takes over what an earlier writer's journal says, if that is sound, and the file holds as much."""
@@ -139,53 +165,60 @@ class Partial:
             tables_bytes = count * ENTRY_BYTES
             if header["chunk_bytes"] != CHUNK_BYTES or size <= 0 or len(tables) != 2 * tables_bytes:
                 return
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return
         same_boot = boot and boot == _boot()
         done = array("I", tables[tables_bytes:] if same_boot else tables[:tables_bytes])
         ends = [chunk * CHUNK_BYTES + there for chunk, there in enumerate(done) if there]
         self.size_bytes = size
         fits = all(there <= self.length(chunk) for chunk, there in enumerate(done))
-        if fits and os.fstat(self._file).st_size >= max(ends, default=0):
+        if fits and self._stat().st_size >= max(ends, default=0):
             self.version, self.done = version, done
             self._write_journal()
 
     def _write_journal(self) -> None:
         fields = {"version": self.version, "size_bytes": self.size_bytes, "chunk_bytes": CHUNK_BYTES, "boot": _boot()}
         self._header = json.dumps(fields).encode() + b"\n"
-        new = self._journal_path.with_name(f"{self._journal_path.name}.new")
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        if self._journal >= 0:
-            os.close(self._journal)
-        self._journal = fd
-        os.fdatasync(self._file)
-        os.pwrite(fd, self._header + self.done.tobytes() * 2, 0)
-        os.fsync(fd)
-        new.rename(self._journal_path)
+        if self._journal:
+            self._journal.close()
+        self._journal = _open(self._new_path)
+        os.fdatasync(self._file.fileno())
+        self._journal.truncate(0)
+        self._journal.write(self._header + self.done.tobytes() * 2)
+        os.fsync(self._journal.fileno())
+        self._new_path.rename(self._journal_path)
 
 
-def _lock(path: Path, on_wait: Callable[[], None]) -> tuple[int, bool]:
+def _open(path: Path) -> io.FileIO:
+    """A regular file of that name, made where there is none; not one that a link leads to."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = io.FileIO(os.open(path, flags, 0o666), "r+")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "It is no regular file", str(path))
+    return file
+
+
+def _lock(path: Path, on_wait: Callable[[], None]) -> tuple[io.FileIO, bool]:
     """The file that has this name now, locked; and whether that took a wait."""
     waited = False
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        file = _open(path)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(0, "it is no regular file", str(path))
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not waited:
                     on_wait()
                 waited = True
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), path.stat(follow_symlinks=False)):
-                    return fd, waited
+                if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
+                    return file, waited
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
-        os.close(fd)  # who had it has finished: the name is another file's now, or nobody's
+        file.close()  # who had it has finished: the name is another file's now, or nobody's
 
 
 def _boot() -> str:

@@ -25,7 +25,7 @@ PIECE_BYTES = 1 << 20
 # A connection that breaks after less has brought nothing.
 PROGRESS_BYTES = 1 << 20
 PROGRESS_SECONDS = 0.1
-FLUSH_SECONDS = 2.0
+FLUSH_SECONDS = 0.5
 LEAVE_SECONDS = 2.0
 
 
@@ -97,7 +97,7 @@ class Transfer:
             response, answer = self._ask(0, begun)
         try:
             self._check_size(response, answer, size_bytes)
-            check_room(partial.path.parent, answer.total_bytes - (partial.done_bytes if begun else 0))
+            check_room(partial.path.parent, answer.total_bytes - partial.disk_bytes)
             if not begun:
                 partial.start(answer.version, answer.total_bytes)
         except BaseException:
