@@ -14,7 +14,7 @@ from pyllamarun.cli import Terminated
 from pyllamarun.cli.options import PlanOptions
 from pyllamarun.cli.planning import wanted_machine, wanted_request
 from pyllamarun.errors import BinaryError, DoesNotFit, DownloadError, UsageError
-from pyllamarun.fitting import POOR, UNKNOWN, Fit, fit
+from pyllamarun.fitting import PARTLY, POOR, UNKNOWN, Fit, fit
 from pyllamarun.models import pulling, stores
 from pyllamarun.models.download import sha256_of
 from pyllamarun.models.gguf import Header, read_header
@@ -215,9 +215,10 @@ def _fit_words(fits: Fit) -> str:
     if fits.verdict in ("no", UNKNOWN):
         head = "It does not fit this machine" if fits.verdict == "no" else "Whether it fits is not known"
         return f"{head}: {fits.reason.rstrip('.')}"
+    where = f"{fits.words} on the GPU" if fits.verdict == PARTLY else fits.words
     takes = f"{format_size(fits.vram_bytes)} of VRAM, " if fits.vram_bytes else ""
     speed = f"; {fits.pace} tok/s: {fits.speed}" if fits.generation else ""
-    return f"It would run here {fits.words}: {takes}{format_size(fits.ram_bytes)} of RAM{speed}"
+    return f"Planned: {where}, {takes}{format_size(fits.ram_bytes)} of RAM{speed}"
 
 
 def _ask(job: Job, fits: Fit) -> None:
@@ -236,19 +237,14 @@ def _ask(job: Job, fits: Fit) -> None:
 
 
 def _fetched(wishes: Wishes, index: Index, job: Job, size_bytes: int, came: int, fits: Fit | None) -> Got:
-    start, done = time.monotonic(), came
+    start = time.monotonic()
 
     try:
-        with output.transfer(job.source.path.name, size_bytes, came) as show:
-
-            def progress(now: int, total: int) -> None:
-                nonlocal done
-                done = now
-                show(now, total)
-
+        with output.transfer(job.source.path.name, size_bytes, came) as progress:
             pulled = pulling.carry_out(job, index, size_bytes, progress, output.note)
     except (KeyboardInterrupt, Terminated):
-        share = f"{format_size(done)} of {format_size(size_bytes)}"
+        present = pulling.present_bytes([part.target for part in job.parts])
+        share = f"{format_size(present)} of {format_size(size_bytes)}"
         output.note(f"Interrupted: {share} are here and stay.  To go on: {shlex.join(_again(job, wishes))}")
         raise
     return _got(job, pulled, fits, time.monotonic() - start)
