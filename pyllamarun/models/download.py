@@ -58,11 +58,11 @@ def fetch(web: Web, wanted: Wanted, progress: Progress = _silent, say: Say = _si
     new start), are called on this thread.  Raises DownloadError; what came so far is kept, and the next call goes on
     from there.
     """
-    from pyllamarun.models.transfer import Transfer, Worthless
+    from pyllamarun.models.transfer import Transfer
 
     target = wanted.target
     if os.path.lexists(target) and not is_begun(target):
-        return _present(wanted, waited=False)
+        return _present(wanted, progress, waited=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Partial(target, lambda: say(f"Another process is fetching {target.name}: waiting for it."))
@@ -71,7 +71,7 @@ def fetch(web: Web, wanted: Wanted, progress: Progress = _silent, say: Say = _si
     with closing(partial):
         if os.path.lexists(target):
             partial.discard()
-            return _present(wanted, partial.waited)
+            return _present(wanted, progress, partial.waited)
         try:
             with closing(Web(web.patience, receive_buffer_bytes=0)) as fast:
                 transfer = Transfer(fast, wanted.place, partial, say)
@@ -80,9 +80,6 @@ def fetch(web: Web, wanted: Wanted, progress: Progress = _silent, say: Say = _si
                 partial.reject()
                 raise _wrong(wanted, sha256, partial.rejected_path)
             partial.publish()
-        except Worthless:
-            partial.discard()
-            raise
         except FileExistsError:
             raise _in_the_way(target, "It appeared meanwhile.") from None
         except OSError as error:
@@ -112,14 +109,14 @@ def sha256_of(path: Path, progress: Progress = _silent) -> str:
     return digest.hexdigest()
 
 
-def _present(wanted: Wanted, waited: bool) -> Fetched:
+def _present(wanted: Wanted, progress: Progress, waited: bool) -> Fetched:
     """The target that is there already, where it is what is wanted."""
     path = wanted.target
     try:
         size = path.stat().st_size
         if not path.is_file() or wanted.size_bytes not in (None, size):
             raise _in_the_way(path, f"It has {size:,} bytes, and {wanted.size_bytes or 0:,} are wanted.")
-        sha256 = sha256_of(path)
+        sha256 = sha256_of(path, progress)
     except OSError as error:
         raise _in_the_way(path, f"It cannot be read: {error.strerror}.") from None
     if wanted.sha256 and sha256 != wanted.sha256.lower():

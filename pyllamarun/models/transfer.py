@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from pyllamarun.errors import DownloadError
@@ -30,7 +30,7 @@ LEAVE_SECONDS = 2.0
 
 
 class Worthless(DownloadError):
-    """What the server sends is no model at all: nothing of it is kept."""
+    """What the server sends is no model at all."""
 
 
 class Transfer:
@@ -77,7 +77,7 @@ class Transfer:
                 progress(partial.done_bytes, partial.size_bytes)
         finally:
             self._end(None)
-            for thread in threads:
+            for thread in filter(threading.Thread.is_alive, threads):
                 thread.join(LEAVE_SECONDS)
         if self._error:
             raise self._error
@@ -97,6 +97,9 @@ class Transfer:
             response, answer = self._ask(0, begun)
         try:
             self._check_size(response, answer, size_bytes)
+            if not begun and not partial.is_empty:  # it is given up for a model, and for no login page
+                self._check_beginning(self._first_piece(response))
+                response, answer = self._ask(0, begun)
             check_room(partial.path.parent, answer.total_bytes - partial.disk_bytes)
             if not begun:
                 partial.start(answer.version, answer.total_bytes)
@@ -125,13 +128,22 @@ class Transfer:
         if size_bytes in (None, answer.total_bytes):
             return
         if answer.start == 0:
-            with suppress(Interrupted):
-                self._check_beginning(next(self._web.body(response), b""))
+            self._check_beginning(self._first_piece(response))
         raise DownloadError(
             f"{self._place.shown} is not the file that was announced.",
             why=f"Its server has {answer.total_bytes:,} bytes of it, and its source said {size_bytes:,}.",
             remedy="Try again: it may just have been replaced.",
         )
+
+    def _first_piece(self, response: requests.Response) -> bytes:
+        try:
+            with closing(response):
+                return next(self._web.body(response), b"")
+        except Interrupted as error:
+            raise self._failed(f"{error}.") from None
+
+    def _failed(self, why: str) -> DownloadError:
+        return DownloadError(f"{self._place.shown} cannot be fetched.", why=why, remedy=AGAIN)
 
     def _check_beginning(self, piece: bytes | memoryview) -> None:
         """Of a model, the first bytes say whether it is one."""
@@ -191,6 +203,8 @@ class Transfer:
             self._chunks.appendleft(chunk)
             self._working -= 1
             alone = not self._working
+        if isinstance(error, Worthless):
+            self._partial.discard()
         if alone or isinstance(error, Worthless) or not isinstance(error, DownloadError):
             self._end(error)
 
@@ -205,8 +219,7 @@ class Transfer:
             except Interrupted as error:
                 failures = 1 if partial.done_bytes - before >= PROGRESS_BYTES else failures + 1
                 if failures >= self._web.patience.attempts:
-                    why = f"{error}; so it went {failures} times."
-                    raise DownloadError(f"{self._place.shown} cannot be fetched.", why=why, remedy=AGAIN) from None
+                    raise self._failed(f"{error}; so it went {failures} times.") from None
                 self._web.patience.sleep(2**failures / 4)
             first = None
 
@@ -216,6 +229,7 @@ class Transfer:
         self._bodies.add(response)
         try:
             self._check_answer(answer, position, left)
+            left = answer.length_bytes
             for piece in self._web.body(response, PIECE_BYTES):
                 if self._stop.is_set():
                     return

@@ -291,6 +291,30 @@ def test_what_is_no_model_leaves_nothing(
     assert names(target) == []
 
 
+@pytest.mark.parametrize("size_bytes", [None, CONTENT.size], ids=["size unknown", "size known"])
+@pytest.mark.parametrize("page", [b"<html>Log in to the network</html>", b""], ids=["a page", "nothing"])
+def test_a_login_page_takes_nothing_of_what_is_there(
+    server: Server, target: Path, page: bytes, size_bytes: int | None
+) -> None:
+    came = interrupted(server, target)
+    with pytest.raises(DownloadError, match="is no model|is empty") as caught:
+        bring(server.at(FILE, serve(RemoteContent(page, etag=""))), target, size_bytes=size_bytes)
+    assert "are kept: it goes on from there" in caught.value.remedy
+    assert bring(server.at(FILE, serve(CONTENT)), target).resumed_bytes == came
+
+
+def test_a_server_may_send_less_than_it_is_asked_for(server: Server, target: Path) -> None:
+    def two_megabytes(handler: Handler) -> None:
+        start, end = handler.wanted(CONTENT)
+        end = min(end, start + 2 * MIB)
+        bounds = f"bytes {start}-{end - 1}/{CONTENT.size}"
+        handler.answer(206, CONTENT.read(start, end), Content_Range=bounds, ETag=CONTENT.etag)
+
+    waits: list[float] = []
+    assert_is_there(bring(server.at(FILE, two_megabytes), target, waits), target)
+    assert waits == []
+
+
 def test_a_size_other_than_announced_is_an_error_before_anything_is_kept(server: Server, target: Path) -> None:
     with pytest.raises(DownloadError, match="not the file that was announced"):
         bring(server.at(FILE, serve(CONTENT)), target, size_bytes=CONTENT.size + 1)
