@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -14,6 +15,7 @@ from pyllamarun import __version__
 from pyllamarun.errors import PyllamarunError
 
 SCHEMA = 1
+LOG_INTERVAL_SECONDS = 10.0  # between lines about progress, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,29 @@ def progress(unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
         def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
+
+        yield advance
+
+
+@contextmanager
+def weighted_progress(subject: str, unit: str, weights: Sequence[int]) -> Iterator[Callable[[int, int], None]]:
+    """Progress through things that take as long as their weights say; call it with (how many are done, of how many).
+
+    On a terminal a bar with the time that is left; elsewhere a line on stderr every so often.
+    """
+    from tqdm import tqdm
+
+    sums = [0, *itertools.accumulate(weights)]
+    bar_format = "{desc} {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+    interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
+    with tqdm(
+        total=sums[-1], desc=subject, bar_format=bar_format, mininterval=interval, maxinterval=interval,
+        leave=False, miniters=0, ascii=not sys.stderr.isatty(), delay=interval if not sys.stderr.isatty() else 0,
+    ) as bar:  # fmt: skip
+
+        def advance(done: int, of: int) -> None:
+            bar.set_postfix_str(f"{done}/{of} {unit}", refresh=False)
+            bar.update(sums[min(done, len(weights))] - bar.n)
 
         yield advance
 
