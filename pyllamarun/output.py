@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,21 +112,33 @@ def weighted_progress(subject: str, unit: str, weights: Sequence[int]) -> Iterat
 
     On a terminal a bar with the time that is left; elsewhere a line on stderr every so often.
     """
+    sums = [0, *itertools.accumulate(weights)]
+    if not sys.stderr.isatty():
+        yield _progress_lines(subject, unit, sums)
+        return
     from tqdm import tqdm
 
-    sums = [0, *itertools.accumulate(weights)]
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
-    interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
-    with tqdm(
-        total=sums[-1], desc=subject, bar_format=bar_format, mininterval=interval, maxinterval=interval,
-        leave=False, miniters=0, ascii=not sys.stderr.isatty(), delay=interval if not sys.stderr.isatty() else 0,
-    ) as bar:  # fmt: skip
+    with tqdm(total=sums[-1], desc=subject, bar_format=bar_format, leave=False) as bar:
 
         def advance(done: int, of: int) -> None:
-            bar.set_postfix_str(f"{done}/{of} {unit}", refresh=False)
-            bar.update(sums[min(done, len(weights))] - bar.n)
+            bar.postfix = f"{done}/{of} {unit}"
+            bar.update(sums[min(done, len(sums) - 1)] - bar.n)
 
         yield advance
+
+
+def _progress_lines(subject: str, unit: str, sums: Sequence[int]) -> Callable[[int, int], None]:
+    started = shown = time.monotonic()
+
+    def advance(done: int, of: int) -> None:
+        nonlocal shown
+        now, share = time.monotonic(), sums[min(done, len(sums) - 1)] / max(sums[-1], 1)
+        if now - shown >= LOG_INTERVAL_SECONDS and 0 < share < 1:
+            shown, left = now, (now - started) * (1 / share - 1)
+            note(f"{subject}: {done} of {of} {unit}, {share:.0%}, {left:.0f} s left")
+
+    return advance
 
 
 @contextmanager

@@ -34,12 +34,13 @@ from pyllamarun.models.quantize import (
     quantize,
     source_warning,
     target_name,
+    type_of,
 )
 from pyllamarun.models.recipe import PLAIN, Recipe, write_placeholder
 from pyllamarun.models.requantize import LeftOut, Requantized, requantizations, requantized
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.models.sources import Source
-from pyllamarun.models.stores import is_kept_by_others
+from pyllamarun.models.stores import is_folder, is_kept_by_others
 from pyllamarun.planner import Planner
 from pyllamarun.planning.compare import Comparison, Row, rows_of
 from pyllamarun.planning.plan import Plan
@@ -47,7 +48,14 @@ from pyllamarun.planning.request import Request, make_request
 from pyllamarun.planning.variants import Variant
 from pyllamarun.run.binaries import Binaries, find_binaries
 from pyllamarun.run.command import environment
-from pyllamarun.run.imatrix import CHUNK_TOKENS, PLANNED_WITH, compute_imatrix, imatrix_arguments, imatrix_path
+from pyllamarun.run.imatrix import (
+    CHUNK_TOKENS,
+    UBATCHES,
+    compute_imatrix,
+    imatrix_arguments,
+    imatrix_path,
+    planned_with,
+)
 from pyllamarun.run.process import output_of, running
 from pyllamarun.run.stage import ON_STANDIN
 
@@ -148,7 +156,7 @@ def target_of(source: Source, header: Header, wish: Wish, type_name: str) -> Pat
     name = target_name(_file_name(source, header), type_name)
     if wish.output is None:
         return (paths.models_folder() if is_kept_by_others(header.path) else header.path.parent) / name
-    if wish.output.is_dir():
+    if is_folder(wish.output):
         return wish.output / name
     if len(set(wish.types)) > 1:
         raise UsageError(f"{wish.output} is no folder, and several files are to be made.", remedy="Name a folder.")
@@ -188,7 +196,7 @@ def orders(
             provenance=Provenance(
                 source=model.source.name if model.source.name != str(header.path) else header.path.name,
                 source_sha256=digests(header, compute=False) if sha256 is None else sha256,
-                source_type=header.file_type,
+                source_type=type_of(header),
                 type=one.type,
                 options=tuple(options),
                 imatrix=matrix.name if matrix else "",
@@ -209,7 +217,7 @@ def prepare(wanted: Sequence[Order]) -> None:
     by_folder: dict[Path, int] = {}
     for order in wanted:
         folder = order.targets[0].parent
-        if folder == paths.models_folder():
+        if folder.is_relative_to(paths.models_folder()):
             folder.mkdir(parents=True, exist_ok=True)
         by_folder[folder] = by_folder.get(folder, 0) + sum(tensor.size_bytes for tensor in order.tensors)
     for folder, size_bytes in by_folder.items():
@@ -277,7 +285,7 @@ def candidates(offered: Sequence[Requantized], parameters: int) -> tuple[list[Re
 
     kept = [one for one in offered if not better(one)]
     dropped = [(one.type, better(one)) for one in offered if better(one)]
-    return kept, [LeftOut(name, f"not larger and measured to be better: {other}") for name, other in dropped]
+    return kept, [LeftOut(name, f"{other} is not larger and was measured to be better") for name, other in dropped]
 
 
 def _none_fits(goal: Goal, rows: Sequence[Row]) -> DoesNotFit:
@@ -302,9 +310,8 @@ def _planned(planner: Planner, variants: Sequence[Variant], show: Show) -> tuple
 
 
 def _as_it_is(model: Model, request: Request) -> Variant:
-    header = model.header
-    label = header.file_type or "as it is"
-    return Variant(label, header, request, header.file_type, model.source.name, is_current=True)
+    label = type_of(model.header)
+    return Variant(label, model.header, request, label, model.source.name, is_current=True)
 
 
 def _variant(model: Model, made: Requantized, request: Request) -> Variant:
@@ -314,9 +321,17 @@ def _variant(model: Model, made: Requantized, request: Request) -> Variant:
 
 def imatrix_plan(planner: Planner, model: Model, request: Request) -> Plan:
     """Where the model goes while its importance matrix is computed, within the same budget."""
-    arguments = (*request.passthrough, *PLANNED_WITH)
-    wanted = replace(make_request(context=CHUNK_TOKENS, slots=1, arguments=arguments), budgets=request.budgets)
-    return planner.plan(model, replace(wanted, overhead_bytes=request.overhead_bytes, rpc=request.rpc, ram=request.ram))
+    refusals = []
+    for ubatch_tokens in UBATCHES:
+        wanted = make_request(context=CHUNK_TOKENS, arguments=planned_with(ubatch_tokens))
+        try:
+            return planner.plan(model, replace(wanted, budgets=request.budgets))
+        except DoesNotFit as error:
+            refusals.append(error)
+    last = refusals[-1]
+    raise DoesNotFit(
+        f"Computing an importance matrix does not fit.  {last.what}", why=last.why, remedy="Allow more with --vram."
+    )
 
 
 def imatrix_target(model: Model, text: Path, wish: Wish) -> Path:

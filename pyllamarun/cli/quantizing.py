@@ -163,7 +163,7 @@ def _print_commands(
     for order in orders:
         argv = order.argv(quantizer.program, order.target.parent)
         if wish.imatrix_text is not None:
-            argv[1:1] = ["--imatrix", str(requantizing.imatrix_target(model, wish.imatrix_text, wish).absolute())]
+            argv[1:1] = ["--imatrix", str(requantizing.imatrix_target(model, wish.imatrix_text, wish))]
         commands.append(argv)
     if asked.as_json:
         targets = [str(target) for order in orders for target in order.targets]

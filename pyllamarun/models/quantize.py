@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyllamarun import paths
 from pyllamarun.errors import BinaryError, ModelError, UsageError
 from pyllamarun.models.gguf import DEFAULT_ALIGNMENT, Header, Tensor, read_header
 from pyllamarun.models.names import SPLIT, part_names
@@ -146,7 +147,7 @@ def check_target(source: Header, target: Path, type_name: str, recipe: Recipe = 
         raise UsageError(f"{source.path} is {type_name} already.", remedy="Take it as it is.")
     for file in target_files(target, source, recipe):
         _check_free(source, file)
-    if not target.parent.is_dir():
+    if not target.parent.is_dir() and not target.is_relative_to(paths.models_folder()):
         raise UsageError(f"There is no folder {target.parent}.", remedy=f"mkdir -p {target.parent}")
 
 
@@ -170,13 +171,21 @@ def loss_warning(type_name: str) -> str:
 
 
 def source_warning(source: Header) -> str:
-    """What a person should know of quantizing this source; "" if it is the original, or does not say what it is."""
-    if source.file_type in (*UNQUANTIZED, ""):
+    """What a person should know of quantizing this source; "" if it is the original."""
+    kind = type_of(source)
+    if kind in UNQUANTIZED:
         return ""
-    return (
-        f"The source is {source.file_type} already: quantizing it again loses more than quantizing the original "
-        "F16 model would."
-    )
+    return f"The source is {kind} already: quantizing it again loses more than quantizing the original F16 model would."
+
+
+def type_of(header: Header) -> str:
+    """What a file calls its quantization, or if it does not, the type of most of its data."""
+    if header.file_type:
+        return header.file_type
+    sizes: Counter[str] = Counter()
+    for tensor in header.tensors:
+        sizes[tensor.type.name] += tensor.size_bytes
+    return sizes.most_common(1)[0][0] if sizes else UNQUANTIZED[0]
 
 
 def check_disk(folder: Path, forecast_bytes: int) -> None:

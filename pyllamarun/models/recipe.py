@@ -40,7 +40,7 @@ class Recipe:
         """For llama-quantize, before the name of the source."""
         words: list[str] = []
         if self.imatrix is not None:
-            words += ["--imatrix", str(self.imatrix.absolute())]
+            words += ["--imatrix", str(self.imatrix)]  # which llama-quantize writes into the file
         for tensor_type in self.tensor_types:
             words += ["--tensor-type", tensor_type]
         for option, value in (

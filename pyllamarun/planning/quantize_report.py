@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pyllamarun.models.gguf import Header
-from pyllamarun.models.quantize import Quantized
+from pyllamarun.models.quantize import Quantized, type_of
 from pyllamarun.models.requantize import Requantized
 from pyllamarun.models.summary import ROLES, role
 from pyllamarun.output import printable, table
@@ -25,10 +25,10 @@ def describe_what_if(
     if comparison is not None:
         lines += describe_rows(comparison)
     else:
-        sizes = [(source.file_type or "as it is", source), *((one.type, one.header) for one in made)]
+        sizes = [(type_of(source), source), *((one.type, one.header) for one in made)]
         rows = [[name, format_size(one.file_bytes), f"{_bits(one):.2f}"] for name, one in sizes]
         lines.append(table(rows, header=["type", "file", "bits"], right=(1, 2)))
-    headers = [(source.file_type or "as it is", source), *((one.type, one.header) for one in made)]
+    headers = [(type_of(source), source), *((one.type, one.header) for one in made)]
     lines += ["", _role_table(headers)]
     for one in made:
         lines += _fallback_lines(one)
@@ -74,7 +74,7 @@ def _fallback_lines(made: Requantized) -> list[str]:
 def what_if_rows(source: Header, made: Sequence[Requantized], comparison: Comparison | None) -> list[dict[str, Any]]:
     """The same for a program: the source first."""
     rows = {row.label: row for row in comparison.rows} if comparison else {}
-    sources = [(source.file_type or "as it is", source, ()), *((one.type, one.header, one.fallbacks) for one in made)]
+    sources = [(type_of(source), source, ()), *((one.type, one.header, one.fallbacks) for one in made)]
     found = []
     for name, header, fallbacks in sources:
         row = rows.get(name)

@@ -21,9 +21,8 @@ from pyllamarun.run.process import running
 CHUNK_TOKENS = 512  # llama-imatrix's own default
 KEPT_EVERY_CHUNKS = 10
 NEVER = 1_000_000_000
-# It computes logits of all tokens of a chunk, as llama-server does for embeddings of all tokens: so that is planned.
-PLANNED_WITH = ("-b", str(CHUNK_TOKENS), "-ub", str(CHUNK_TOKENS), "--embedding", "--pooling", "none")
-_NOT_FOR_IT = {"--embedding": 1, "--pooling": 2, "-np": 2}
+UBATCHES = (512, 128, 32)  # the largest with which it fits: logits of all its tokens are computed
+_NOT_FOR_IT = {"--embedding": 1, "--pooling": 2, "-np": 2, "-b": 2}
 
 # llama-imatrix's own words: tools/imatrix/imatrix.cpp.
 _TOTAL = re.compile(r"computing over (\d+) chunks")
@@ -40,14 +39,22 @@ def imatrix_path(folder: Path, model_name: str, text: Path) -> Path:
     return folder / f"imatrix-{model_name}-{text.stem}-{digest}.gguf"
 
 
+def planned_with(ubatch_tokens: int) -> tuple[str, ...]:
+    """Arguments of llama-server with which it takes as much on a GPU as llama-imatrix.
+
+    That computes the logits of all tokens of a ubatch, which llama-server does where embeddings are asked for.
+    """
+    return "-b", str(ubatch_tokens), "-ub", str(ubatch_tokens), "--embedding", "--pooling", "none"
+
+
 def imatrix_arguments(planned: Sequence[str], text: Path) -> list[str]:
-    """llama-imatrix's arguments, from those that were planned with PLANNED_WITH, the model's first."""
+    """llama-imatrix's arguments, from those that were planned, the model's first."""
     words, kept = list(planned), list[str]()
     while words:
         count = _NOT_FOR_IT.get(words[0], 0)
         kept += [] if count else words[:1]
         del words[: count or 1]
-    return [*kept, "-f", str(text), "--output-frequency", str(NEVER)]
+    return [*kept, "-b", str(CHUNK_TOKENS), "-f", str(text), "--output-frequency", str(NEVER)]
 
 
 def compute_imatrix(
