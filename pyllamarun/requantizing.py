@@ -342,10 +342,9 @@ def imatrix_target(model: Model, text: Path, wish: Wish) -> Path:
     return imatrix_path(folder, _file_name(model.source, model.header).removesuffix(".gguf"), text)
 
 
-def make_imatrix(
-    planner: Planner, model: Model, text: Path, target: Path, request: Request, progress: Progress
-) -> Path:
-    """Computes it, if it is not there yet.  Raises DoesNotFit, UsageError or BinaryError."""
+def make_imatrix(planner: Planner, model: Model, text: Path, wish: Wish, request: Request, progress: Progress) -> Path:
+    """Computes it from a text, if it is not there yet.  Raises DoesNotFit, UsageError or BinaryError."""
+    target = imatrix_target(model, text, wish)
     if target.exists():
         return target
     if planner.stage.kind == ON_STANDIN:
@@ -355,6 +354,6 @@ def make_imatrix(
     plan = imatrix_plan(planner, model, request)
     planner.free_gpus()
     program = planner.binaries.path("llama-imatrix")
-    arguments = imatrix_arguments(plan.argv[1:], text)
+    arguments = imatrix_arguments(plan.argv[1:], text, wish.threads)
     target.parent.mkdir(parents=True, exist_ok=True)
     return compute_imatrix(program, planner.stage.environment, arguments, target, progress)

@@ -158,7 +158,9 @@ def _print_commands(
         if not target.exists():
             plan = requantizing.imatrix_plan(planner, model, request)
             program = str(quantizer.binaries.path("llama-imatrix"))
-            commands.append([program, *imatrix_arguments(plan.argv[1:], wish.imatrix_text), "-o", str(target)])
+            commands.append(
+                [program, *imatrix_arguments(plan.argv[1:], wish.imatrix_text, wish.threads), "-o", str(target)]
+            )
     orders = requantizing.orders(quantizer, model, wish, outlook.made)
     for order in orders:
         argv = order.argv(quantizer.program, order.target.parent)
@@ -175,9 +177,8 @@ def _print_commands(
 
 
 def _with_imatrix(planner: Planner, model: Model, wish: Wish, text: Path, request: Request) -> Wish:
-    target = requantizing.imatrix_target(model, text, wish)
     with output.progress("chunks", 0) as advance:
-        path = requantizing.make_imatrix(planner, model, text, target, request, advance)
+        path = requantizing.make_imatrix(planner, model, text, wish, request, advance)
     output.note(f"The importance matrix is {path}.")
     return replace(wish, imatrix_text=None, recipe=replace(wish.recipe, imatrix=path))
 

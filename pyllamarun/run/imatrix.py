@@ -47,14 +47,23 @@ def planned_with(ubatch_tokens: int) -> tuple[str, ...]:
     return "-b", str(ubatch_tokens), "-ub", str(ubatch_tokens), "--embedding", "--pooling", "none"
 
 
-def imatrix_arguments(planned: Sequence[str], text: Path) -> list[str]:
-    """llama-imatrix's arguments, from those that were planned, the model's first."""
+def imatrix_arguments(planned: Sequence[str], text: Path, threads: int | None = None) -> list[str]:
+    """llama-imatrix's arguments, from those that were planned.  It takes the physical cores where it is not told."""
     words, kept = list(planned), list[str]()
     while words:
         count = _NOT_FOR_IT.get(words[0], 0)
         kept += [] if count else words[:1]
         del words[: count or 1]
-    return [*kept, "-b", str(CHUNK_TOKENS), "-f", str(text), "--output-frequency", str(NEVER)]
+    return [
+        *kept,
+        "-b",
+        str(CHUNK_TOKENS),
+        "-f",
+        str(text),
+        "--output-frequency",
+        str(NEVER),
+        *(["-t", str(threads)] if threads else []),
+    ]
 
 
 def compute_imatrix(
