@@ -4,9 +4,10 @@
     python benchmarks/fill.py
 
 Each row is one model on one card that is not here, with one budget: what pyllamarun plans, carried out by llama-server
-on the CUDA stand-in, and what llama-server chooses with --fit, by default and with --fit-target set so that the budget
-is its target.  Used is the peak of what the process held, context of 300 MiB included, while a prompt filled the
-context; over the budget is marked.  The models are headers of the published dimensions, without data.
+on the CUDA stand-in, as asked and with --allow ub, and what llama-server chooses with --fit, by default and with
+--fit-target set so that the budget is its target.  Used is the peak of what the process held, context of 300 MiB
+included, while a prompt filled the context; over the budget is marked.  The models are headers of the published
+dimensions, without data.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ def make(name: str, folder: Path) -> Path:
     return shapes.write(shapes.SHAPES[shape[0]](shape[1]), folder / f"{shape[0]}.gguf")
 
 
-def planned(model: Path, card: str, budget_gib: float) -> int:
+def planned(model: Path, card: str, budget_gib: float, *options: str) -> int:
     """Peak bytes of our plan."""
     program = Path(sys.executable).with_name("pyllamarun")
     argv = [program, "rehearse", "--json", model, "--gpu", card, "--vram", f"{budget_gib}GiB", "-c", CONTEXT_TOKENS]
+    argv += options
     result = subprocess.run(list(map(str, argv)), check=True, capture_output=True, text=True)
     (gpu,) = json.loads(result.stdout)["data"]["devices"]
     peak: int = gpu["peak_bytes"]
@@ -99,13 +101,13 @@ def main() -> None:
                 free = card.memory_bytes - card.reserved_bytes
                 target = max(0, round((free - budget) / MIB))
                 ours = planned(model, card_name, budget_gib)
+                filled = planned(model, card_name, budget_gib, "--allow", "ub")
                 default = fitted(skeleton, card_name, [])
                 same = fitted(skeleton, card_name, ["-fitt", str(target)])
-                rows.append(
-                    [model_name, card_name, f"{budget_gib} GiB", *(shown(one, budget) for one in (ours, default, same))]
-                )
+                used = [shown(one, budget) for one in (ours, filled, default, same)]
+                rows.append([model_name, card_name, f"{budget_gib} GiB", *used])
                 print(" ".join(rows[-1]), file=sys.stderr)
-    print(table(rows, header=["model", "card", "budget", "pyllamarun", "--fit", "--fit-target"]))
+    print(table(rows, header=["model", "card", "budget", "pyllamarun", "--allow ub", "--fit", "--fit-target"]))
 
 
 if __name__ == "__main__":

@@ -136,9 +136,10 @@ Shape shape_of(const llama_ubatch & ubatch) {
 }
 
 // Calls visit(shape, prompt_tokens, memory) for ubatches of the longest prompt in one slot; prompt_tokens is the length
-// of a prompt that ends with this ubatch.
-template <typename Visit>
-void fill_a_slot(llama_context & context, const Visit & visit) {
+// of a prompt that ends with this ubatch.  visit_sizes(token counts, filled, memory) is for those that end a prompt, of
+// each of these sizes.
+template <typename VisitSizes, typename Visit>
+void fill_a_slot(llama_context & context, const VisitSizes & visit_sizes, const Visit & visit) {
     const llama_cparams & params = context.get_cparams();
     const uint32_t longest = longest_prompt(context);
     const size_t count = (longest + params.n_ubatch - 1) / params.n_ubatch;
@@ -149,9 +150,9 @@ void fill_a_slot(llama_context & context, const Visit & visit) {
         common_batch batch = common_batch_get_one(&context, std::vector<llama_token>(size, 0));
         split(context, batch, [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
             const uint32_t n_ubatch = ubatch.n_tokens;
-            for (uint32_t tokens : sampled_sizes(n, count, n_ubatch)) {
-                const uint32_t outputs = params.embeddings ? tokens : 1;
-                visit(Shape{tokens, 1, outputs}, filled + tokens, memory);
+            const std::vector<uint32_t> sizes = sampled_sizes(n, count, n_ubatch);
+            if (!sizes.empty()) {
+                visit_sizes(sizes, filled, memory);
             }
             if (is_sampled(n) && filled + n_ubatch < longest && !params.embeddings) {
                 visit(Shape{n_ubatch, 1, kNone}, filled + n_ubatch + 1, memory);
@@ -233,6 +234,29 @@ void fill_together(llama_context & context, const Visit & visit) {
     }
 }
 
+// Measures with take(tokens) these token counts, in falling order, and where more tokens take less than fewer do, those
+// in between that take most: a graph is laid out anew there.
+template <typename Take>
+void measure_drops(const std::vector<uint32_t> & tokens, const Take & take) {
+    uint32_t above = 0;
+    std::vector<size_t> sizes_above;
+    for (uint32_t below : tokens) {
+        const std::vector<size_t> sizes = take(below);
+        for (size_t i = 0; above > 0 && i < sizes.size(); i++) {
+            uint32_t low = below, high = sizes[i] > sizes_above[i] ? above : below;
+            size_t most = sizes[i];
+            while (high - low > 1) {
+                const uint32_t middle = low + (high - low) / 2;
+                const size_t size = take(middle)[i];
+                (size >= most ? low : high) = middle;
+                most = std::max(most, size);
+            }
+        }
+        above = below;
+        sizes_above = sizes;
+    }
+}
+
 // Every `stride`-th graph, from number `first` on.
 Share measure_share(llama_context & context, NextnRows rows, size_t first, size_t stride) {
     Share share;
@@ -241,6 +265,19 @@ Share measure_share(llama_context & context, NextnRows rows, size_t first, size_
         if (number++ % stride == first) {
             share.measurements.push_back({number, prompt, graph_sizes(context, shape, memory, share)});
         }
+    };
+    // All sizes of a ubatch are one number: where fewer tokens take more, the most is looked for between them.
+    const auto measure_sizes = [&](const std::vector<uint32_t> & sizes, uint32_t filled,
+                                   const llama_memory_context_i * memory) {
+        if (number++ % stride != first) {
+            return;
+        }
+        const auto take = [&](uint32_t tokens) {
+            const Shape shape{tokens, 1, context.get_cparams().embeddings ? tokens : 1};
+            share.measurements.push_back({number, filled + tokens, graph_sizes(context, shape, memory, share)});
+            return share.measurements.back().sizes;
+        };
+        measure_drops(sizes, take);
     };
     llama_memory_context_ptr full;
     if (context.get_memory()) {
@@ -253,7 +290,7 @@ Share measure_share(llama_context & context, NextnRows rows, size_t first, size_
         context.set_embeddings_nextn(true, /*masked=*/rows == NextnRows::kOfOutputs);
     }
     if (context.get_memory()) {
-        fill_a_slot(context, measure);
+        fill_a_slot(context, measure_sizes, measure);
         // Where slots share one cache, their ubatches are in effect those of one long prompt.
         if (context.get_cparams().n_seq_max > 1 && !context.get_cparams().kv_unified) {
             context.get_memory()->clear(/*data=*/false);

@@ -1,7 +1,6 @@
 #include "cpu_rates.h"
 
 #include <sys/mman.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
@@ -11,6 +10,7 @@
 #include <cstring>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -32,7 +32,8 @@ constexpr size_t kSmallestRing = size_t(128) << 20, kLargestRing = size_t(512) <
 constexpr size_t kSlice = size_t(4) << 20;  // as large as a matrix of a small model
 constexpr double kPerRead = 0.025, kPerRate = 0.005, kSlowest = 0.04;
 constexpr int kFewest = 3, kMost = 64;
-constexpr int64_t kWidth = 4096, kNarrow = 512, kBatch = 128, kBatchRows = 256;
+constexpr int kRounds = 3;
+constexpr int64_t kWidth = 4096, kNarrow = 512, kSmallRows = 512, kBatch = 128, kBatchRows = 256;
 constexpr int64_t kHeads = 32, kKeyHeads = 8, kHeadLength = 128, kTokens = 1024;
 constexpr int64_t kNodes = 64;
 
@@ -41,13 +42,6 @@ size_t ring_size() {
     size_t cache_kib = 0;
     std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> cache_kib;
     return std::clamp((cache_kib << 10) * 3, kSmallestRing, kLargestRing);
-}
-
-// How often other work took a CPU away from this process.
-long preempted() {
-    rusage usage{};
-    getrusage(RUSAGE_SELF, &usage);
-    return usage.ru_nivcsw;
 }
 
 // Bytes from 0x20 to 0x3f make numbers of every type that are neither subnormal nor infinite, and varied indices.
@@ -132,6 +126,19 @@ double time_of(const std::function<void()> & step) {
     return lower_quartile(seconds);
 }
 
+// The least that each thing took in any round.  A neighbour on the same memory slows all that a second holds by a
+// third, and no counter of this machine shows it; whoever comes back a second later often finds it gone.
+class Least {
+  public:
+    double of(const std::string & what, double seconds) {
+        double & least = least_.emplace(what, seconds).first->second;
+        return least = std::min(least, seconds);
+    }
+
+  private:
+    std::map<std::string, double> least_;
+};
+
 // Sums with eight accumulators: enough loads in flight for memory, not the adder, to be what it waits for.
 uint64_t read_all(const uint8_t * data, size_t size) {
     uint64_t sums[8] = {};
@@ -170,11 +177,11 @@ double read_bandwidth(const Ring & ring, int threads) {
     return double(bytes) / Seconds(Clock::now() - start).count();
 }
 
-json read_bandwidths(const Ring & ring, int threads, int & best_threads) {
+json read_bandwidths(const Ring & ring, int threads, Least & least, int & best_threads) {
     json results = json::array();
     std::vector<std::pair<int, double>> found;
     for (int n = 1; n <= threads; n = n == threads ? n + 1 : std::min(threads, n < 4 ? n + 1 : n + n / 2)) {
-        found.emplace_back(n, read_bandwidth(ring, n));
+        found.emplace_back(n, 1 / least.of("read " + std::to_string(n), 1 / read_bandwidth(ring, n)));
         results.push_back({{"threads", n}, {"bytes_per_second", found.back().second}});
     }
     double best = 0;
@@ -274,28 +281,76 @@ struct Weights {
     ggml_backend_buffer_t buffer;
     Ring ring;
     bool repacked;
+
+    const char * layout() const { return repacked ? "repacked" : "plain"; }
+
+    std::string called(const ggml_tensor * matrix) const {
+        return std::string(layout()) + " " + ggml_type_name(matrix->type) + " " + std::to_string(matrix->ne[0]) + "x" +
+               std::to_string(matrix->ne[1]);
+    }
+};
+
+// A backend with so many threads, and what was measured with it in this round and earlier ones.
+struct Bench {
+    int threads;
+    Least & least;
+    Backend backend{threads};
+
+    double time(const std::string & what, const std::function<void()> & step) const {
+        return least.of(std::to_string(threads) + " " + what, time_of(step));
+    }
 };
 
 // Seconds of a product of `rows` rows of a type, `width` long, with `columns` vectors; 0 where the backend does not
 // take it.
-double product_time(const Backend & backend, Weights & weights, ggml_type type, int64_t width, int64_t rows,
+double product_time(const Bench & bench, Weights & weights, ggml_type type, int64_t width, int64_t rows,
                     int64_t columns) {
     Graph graph;
     ggml_tensor * matrix = ggml_new_tensor_2d(graph.inputs(), type, width, rows);
     ggml_tensor * vectors = ggml_new_tensor_2d(graph.nodes(), GGML_TYPE_F32, width, columns);
     ggml_tensor * product = ggml_mul_mat(graph.nodes(), matrix, vectors);
     ggml_backend_tensor_alloc(weights.buffer, matrix, weights.ring.data());
-    if (!backend.supports(product) || (weights.repacked && !matrix->extra)) {
+    if (!bench.backend.supports(product) || (weights.repacked && !matrix->extra)) {
         return 0;
     }
-    ggml_cgraph * steps = graph.up_to({product}, backend);
-    return time_of([&] {
+    ggml_cgraph * steps = graph.up_to({product}, bench.backend);
+    return bench.time(weights.called(matrix) + " x " + std::to_string(columns), [&] {
         matrix->data = weights.ring.next(ggml_nbytes(matrix));
-        backend.compute(steps);
+        bench.backend.compute(steps);
     });
 }
 
-json weight_rates(const Backend & backend, std::vector<Weights> & layouts, bool with_more) {
+// Seconds of `count` products of small matrices, or of one that has the rows of all; 0 where the backend does not take
+// it.
+double products_time(const Bench & bench, Weights & weights, ggml_type type, int64_t count, int64_t rows) {
+    Graph graph;
+    ggml_tensor * vector = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, kNarrow);
+    std::vector<ggml_tensor *> matrices, products;
+    for (int64_t i = 0; i < count; i++) {
+        matrices.push_back(ggml_new_tensor_2d(graph.inputs(), type, kNarrow, rows));
+        ggml_backend_tensor_alloc(weights.buffer, matrices.back(), weights.ring.data());
+        products.push_back(ggml_mul_mat(graph.nodes(), matrices.back(), vector));
+    }
+    if (!bench.backend.supports(products[0]) || (weights.repacked && !matrices[0]->extra)) {
+        return 0;
+    }
+    ggml_cgraph * steps = graph.up_to(products, bench.backend);
+    return bench.time(weights.called(matrices[0]) + " times " + std::to_string(count), [&] {
+        for (ggml_tensor * matrix : matrices) {
+            matrix->data = weights.ring.next(ggml_nbytes(matrix));
+        }
+        bench.backend.compute(steps);
+    });
+}
+
+// What a product costs besides its bytes and rows: threads wait for one another, and for memory to be read in a row.
+double product_seconds(const Bench & bench, Weights & weights, ggml_type type) {
+    const double many = products_time(bench, weights, type, kNodes, kSmallRows);
+    const double one = products_time(bench, weights, type, 1, kNodes * kSmallRows);
+    return std::max(0.0, (many - one) / double(kNodes - 1));
+}
+
+json weight_rates(const Bench & bench, std::vector<Weights> & layouts, bool with_more) {
     json results = json::array();
     for (int i = 0; i < GGML_TYPE_COUNT; i++) {
         const ggml_type type = ggml_type(i);
@@ -306,22 +361,22 @@ json weight_rates(const Backend & backend, std::vector<Weights> & layouts, bool 
         }
         for (Weights & weights : layouts) {
             const int64_t rows = int64_t(kSlice / ggml_row_size(type, kWidth)) / 32 * 32;
-            const double seconds = product_time(backend, weights, type, kWidth, rows, 1);
+            const double seconds = product_time(bench, weights, type, kWidth, rows, 1);
             if (seconds == 0) {
                 continue;
             }
             const double bytes = double(ggml_row_size(type, kWidth)) * double(rows);
-            results.push_back({{"type", ggml_type_name(type)},
-                               {"layout", weights.repacked ? "repacked" : "plain"},
-                               {"bytes_per_second", bytes / seconds}});
+            results.push_back(
+                {{"type", ggml_type_name(type)}, {"layout", weights.layout()}, {"bytes_per_second", bytes / seconds}});
             if (with_more) {
                 // As many bytes in more and shorter rows tell what a row costs besides its bytes.
                 const int64_t more_rows = rows * (kWidth / kNarrow);
-                const double narrow = product_time(backend, weights, type, kNarrow, more_rows, 1);
+                const double narrow = product_time(bench, weights, type, kNarrow, more_rows, 1);
                 const double per_row = std::max(0.0, (narrow - seconds) / double(more_rows - rows));
                 results.back()["bytes_per_second"] = bytes / std::max(seconds / 2, seconds - per_row * double(rows));
                 results.back()["row_seconds"] = per_row;
-                const double batch = product_time(backend, weights, type, kWidth, kBatchRows, kBatch);
+                results.back()["product_seconds"] = product_seconds(bench, weights, type);
+                const double batch = product_time(bench, weights, type, kWidth, kBatchRows, kBatch);
                 results.back()["flops_per_second"] = 2.0 * double(kWidth * kBatchRows * kBatch) / batch;
             }
         }
@@ -329,7 +384,7 @@ json weight_rates(const Backend & backend, std::vector<Weights> & layouts, bool 
     return results;
 }
 
-json attention_rates(const Backend & backend, Weights & cache) {
+json attention_rates(const Bench & bench, Weights & cache) {
     json results = json::array();
     for (ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0,
                            GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL}) {
@@ -342,14 +397,14 @@ json attention_rates(const Backend & backend, Weights & cache) {
         ggml_tensor * result = ggml_flash_attn_ext(graph.nodes(), queries, keys, values, mask, scale, 0.0f, 0.0f);
         ggml_backend_tensor_alloc(cache.buffer, keys, cache.ring.data());
         ggml_backend_tensor_alloc(cache.buffer, values, cache.ring.data());
-        if (!backend.supports(result)) {
+        if (!bench.backend.supports(result)) {
             continue;
         }
-        ggml_cgraph * steps = graph.up_to({result}, backend);
-        const double seconds = time_of([&] {
+        ggml_cgraph * steps = graph.up_to({result}, bench.backend);
+        const double seconds = bench.time(std::string("attention ") + ggml_type_name(type), [&] {
             keys->data = cache.ring.next(ggml_nbytes(keys));
             values->data = cache.ring.next(ggml_nbytes(values));
-            backend.compute(steps);
+            bench.backend.compute(steps);
         });
         const double elements = double(kHeads * kTokens * 2 * kHeadLength);
         results.push_back({{"type", ggml_type_name(type)}, {"elements_per_second", elements / seconds}});
@@ -358,60 +413,25 @@ json attention_rates(const Backend & backend, Weights & cache) {
 }
 
 // Seconds of a graph of `count` steps, each of which waits for the one before.
-double chain_time(const Backend & backend, int64_t count) {
+double chain_time(const Bench & bench, int64_t count) {
     Graph graph;
     ggml_tensor * other = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, kWidth);
     ggml_tensor * result = other;
     for (int64_t i = 0; i < count; i++) {
         result = ggml_add(graph.nodes(), result, other);
     }
-    ggml_cgraph * steps = graph.up_to({result}, backend);
-    return time_of([&] { backend.compute(steps); });
+    ggml_cgraph * steps = graph.up_to({result}, bench.backend);
+    return bench.time("chain of " + std::to_string(count), [&] { bench.backend.compute(steps); });
 }
 
-// Seconds of `count` products of small matrices, or of one that has the rows of all.
-double products_time(const Backend & backend, Weights & weights, int64_t count, int64_t rows) {
-    Graph graph;
-    ggml_tensor * vector = ggml_new_tensor_1d(graph.nodes(), GGML_TYPE_F32, kNarrow);
-    std::vector<ggml_tensor *> matrices, products;
-    for (int64_t i = 0; i < count; i++) {
-        matrices.push_back(ggml_new_tensor_2d(graph.inputs(), GGML_TYPE_Q4_0, kNarrow, rows));
-        ggml_backend_tensor_alloc(weights.buffer, matrices.back(), weights.ring.data());
-        products.push_back(ggml_mul_mat(graph.nodes(), matrices.back(), vector));
-    }
-    if (!backend.supports(products[0]) || (weights.repacked && !matrices[0]->extra)) {
-        return 0;
-    }
-    ggml_cgraph * steps = graph.up_to(products, backend);
-    return time_of([&] {
-        for (ggml_tensor * matrix : matrices) {
-            matrix->data = weights.ring.next(ggml_nbytes(matrix));
-        }
-        backend.compute(steps);
-    });
-}
-
-// What a product costs besides its bytes and rows, by layout: threads wait for one another, and memory for them.
-json product_seconds(const Backend & backend, std::vector<Weights> & layouts) {
-    json results;
-    for (Weights & weights : layouts) {
-        const double many = products_time(backend, weights, kNodes, kNarrow);
-        const double one = products_time(backend, weights, 1, kNodes * kNarrow);
-        results[weights.repacked ? "repacked" : "plain"] = std::max(0.0, (many - one) / double(kNodes - 1));
-    }
-    return results;
-}
-
-json rates(int threads, std::vector<Weights> & layouts, bool with_more) {
-    const Backend backend(threads);
-    const double short_chain = chain_time(backend, 1);
-    const double node = (chain_time(backend, kNodes) - short_chain) / double(kNodes - 1);
-    return {{"threads", threads},
+json rates(const Bench & bench, std::vector<Weights> & layouts, bool with_more) {
+    const double short_chain = chain_time(bench, 1);
+    const double node = std::max(0.0, (chain_time(bench, kNodes) - short_chain) / double(kNodes - 1));
+    return {{"threads", bench.threads},
             {"graph_seconds", std::max(0.0, short_chain - node)},
             {"node_seconds", node},
-            {"product_seconds", product_seconds(backend, layouts)},
-            {"weights", weight_rates(backend, layouts, with_more)},
-            {"attention", attention_rates(backend, layouts[0])}};
+            {"weights", weight_rates(bench, layouts, with_more)},
+            {"attention", attention_rates(bench, layouts[0])}};
 }
 
 }  // namespace
@@ -422,13 +442,9 @@ json measure_cpu_rates(int threads) {
         threads = std::min(usable, int(common_cpu_get_num_math()));
     }
     const auto start = Clock::now();
-    const long preemptions = preempted();
     const Pages pages(ring_size());
     fill(pages.data, pages.size, threads);
     const Ring ring(pages.data, pages.size);
-    int best_threads = 1;
-    const json read = read_bandwidths(ring, threads, best_threads);
-
     ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     std::vector<Weights> layouts{
         {ggml_backend_dev_buffer_from_host_ptr(dev, pages.data, pages.size, pages.size), ring, false}};
@@ -438,8 +454,14 @@ json measure_cpu_rates(int threads) {
         fill(data, pages.size, threads);  // its layout takes as many bytes, and no rate depends on what they say
         layouts.push_back({buffer, Ring(data, pages.size), true});
     }
-    json all = rates(threads, layouts, true);
-    json one = threads == 1 ? all : rates(1, layouts, false);
+    Least least;
+    int best_threads = 1;
+    json read, all, one;
+    for (int round = 0; round < kRounds; round++) {
+        read = read_bandwidths(ring, threads, least, best_threads);
+        all = rates({threads, least}, layouts, true);
+        one = threads == 1 ? all : rates({1, least}, layouts, false);
+    }
     for (Weights & weights : layouts) {
         ggml_backend_buffer_free(weights.buffer);
     }
@@ -449,6 +471,5 @@ json measure_cpu_rates(int threads) {
             {"read", read},
             {"one", one},
             {"all", all},
-            {"preemptions", preempted() - preemptions},
             {"milliseconds", 1000 * Seconds(Clock::now() - start).count()}};
 }

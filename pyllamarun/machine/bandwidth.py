@@ -18,10 +18,6 @@ from pyllamarun.machine.rates import MEASURED, HostRates, ThreadRates
 
 Run = Callable[[], str]
 
-MAX_ATTEMPTS = 3
-# On an idle machine the scheduler's own housekeeping comes to 40 a second and thread, a busy neighbour to 200 and more.
-QUIET_PREEMPTIONS = 70.0
-
 
 def known_rates(folder: Path, build: str) -> HostRates | None:
     """What was measured since this machine booted, with this build and the CPUs that we may use; None if nothing was.
@@ -35,34 +31,21 @@ def known_rates(folder: Path, build: str) -> HostRates | None:
 
 
 def measure(folder: Path, build: str, run: Run) -> HostRates:
-    """Measures, and keeps the result for `known_rates`: in a second and a half; thrice that where others disturb it.
+    """Measures, and keeps the result for `known_rates`.  Takes some seconds.
 
     `run` gives what `pyllamarun-probe --read-bandwidth` prints.  Raises BinaryError when that is nothing sound.
     """
-    least = None
-    for _ in range(MAX_ATTEMPTS):
-        text = run()
-        try:
-            data = json.loads(text.strip().splitlines()[-1])
-            rates, disturbed = _parsed(data), _preemptions(data)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError):
-            raise BinaryError(
-                "pyllamarun-probe did not measure the bandwidth.",
-                why=text.strip()[-300:],
-                remedy="Run `pyllamarun doctor`.",
-            ) from None
-        if least is None or disturbed < least[0]:
-            least = (disturbed, rates, text)
-        if disturbed <= QUIET_PREEMPTIONS:
-            break
-    assert least
-    _keep(_cache(folder, build), least[2])
-    return least[1]
-
-
-def _preemptions(data: Mapping[str, Any]) -> float:
-    """How often a second other work took a CPU from one of the threads."""
-    return float(data["preemptions"]) / (float(data["milliseconds"]) / 1000) / int(data["threads"])
+    text = run()
+    try:
+        rates = _parsed(json.loads(text.strip().splitlines()[-1]))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError):
+        raise BinaryError(
+            "pyllamarun-probe did not measure the bandwidth.",
+            why=text.strip()[-300:],
+            remedy="Run `pyllamarun doctor`.",
+        ) from None
+    _keep(_cache(folder, build), text)
+    return rates
 
 
 def _keep(path: Path, text: str) -> None:
@@ -104,7 +87,9 @@ def _thread_rates(data: Mapping[str, Any]) -> ThreadRates:
         products={key: _positive(one["flops_per_second"]) for key, one in weights.items() if "flops_per_second" in one},
         attention={one["type"].upper(): _positive(one["elements_per_second"]) for one in data["attention"]},
         node_seconds=max(0.0, float(data["node_seconds"])),
-        product_seconds={layout: max(0.0, float(one)) for layout, one in data["product_seconds"].items()},
+        product_seconds={
+            key: max(0.0, float(one["product_seconds"])) for key, one in weights.items() if "product_seconds" in one
+        },
         graph_seconds=max(0.0, float(data["graph_seconds"])),
     )
 

@@ -50,6 +50,7 @@ _CORE = {
 # 10^9 elements of keys and values a second, by the cache's type.
 _ATTENTION = {"F32": 6.7, "F16": 8.0, "BF16": 6.5, "Q8_0": 5.2, "Q5_1": 1.8, "Q5_0": 1.8, "Q4_1": 2.4,
               "Q4_0": 2.8, "IQ4_NL": 1.6}  # fmt: skip
+_PRODUCT_SECONDS = {PLAIN: 1.6e-06, REPACKED: 7.8e-06}
 _GIGA = 1e9
 
 CORE = ThreadRates(
@@ -60,7 +61,7 @@ CORE = ThreadRates(
     attention={key: _GIGA * elements for key, elements in _ATTENTION.items()},
     # Of two threads there, which have to wait for one another; more have to wait a little longer.
     node_seconds=7.81e-07,
-    product_seconds={PLAIN: 1.6e-06, REPACKED: 7.8e-06},
+    product_seconds={(name, layout): _PRODUCT_SECONDS[layout] for name, layout in _CORE},
     graph_seconds=1.05e-06,
 )
 

@@ -17,9 +17,9 @@ class ThreadRates:
     """What a number of threads does together.
 
     weights: bytes of weights per second in products with one vector, by type and layout; rows: seconds that each of a
-    matrix's rows costs besides.  products: floating operations
-    per second in products with many vectors.  attention: elements of keys and values per second, for each query head
-    anew, by the cache's type.  The seconds are what a step of a graph costs besides: any step; a product; to begin.
+    matrix's rows costs besides; product_seconds: what each product costs besides.  products: floating operations per
+    second in products with many vectors.  attention: elements of keys and values per second, for each query head
+    anew, by the cache's type.  node_seconds: what any other step of a graph costs; graph_seconds: to begin with one.
     """
 
     threads: int
@@ -27,8 +27,8 @@ class ThreadRates:
     rows: Rates
     products: Rates
     attention: Mapping[str, float]
+    product_seconds: Rates
     node_seconds: float
-    product_seconds: Mapping[str, float]
     graph_seconds: float
 
 
@@ -64,7 +64,7 @@ class HostRates:
     ) -> float:
         """Products with one vector, of matrices that have so many bytes and rows together."""
         each = self.all.rows.get((name, layout), 0.0) * (self.threads / min(threads or self.threads, self.threads))
-        products = matrices * self.all.product_seconds.get(layout, 0.0)
+        products = matrices * self.all.product_seconds.get((name, layout), 0.0)
         return size_bytes / self.read_rate(name, layout, threads) + rows * each + products
 
     def product_rate(self, name: str, layout: str, threads: int | None = None) -> float:

@@ -12,7 +12,14 @@ from pyllamarun.planning.limits import Limit
 from pyllamarun.planning.place import Ask, place
 from pyllamarun.planning.placement import Placement
 from pyllamarun.planning.probe import Refused
-from pyllamarun.planning.request import DEFAULT_UBATCH_TOKENS, THROUGHPUT, Request, fixed_value, has_option
+from pyllamarun.planning.request import (
+    DEFAULT_BATCH_TOKENS,
+    DEFAULT_UBATCH_TOKENS,
+    THROUGHPUT,
+    Request,
+    fixed_value,
+    has_option,
+)
 from pyllamarun.planning.token_cost import use_of
 from pyllamarun.planning.variants import SHORTEST_CONTEXT_TOKENS
 
@@ -20,7 +27,8 @@ CACHE_TYPES = ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v")
 FLASH_ATTENTION = ("-fa", "--flash-attn")
 UBATCH, BATCH = ("-ub", "--ubatch-size"), ("-b", "--batch-size")
 SMALLER_CACHES = ("q8_0", "q4_0")
-SMALLER_UBATCHES, LARGER_UBATCHES = (256, 128), (1024, 2048)
+SMALLER_UBATCHES = (256, 128)
+LARGEST_UBATCH_TOKENS, UBATCH_STEP_TOKENS = 8192, 256
 MOST_SLOTS = 64
 
 # A change has to gain so much; larger ubatches, which speed up prompts, may cost so much of generation.
@@ -70,7 +78,7 @@ def choose(
     if best is None:
         assert refusal
         raise refusal
-    return best
+    return _with_larger_ubatch(best, attempt) if "ub" in request.allow and limits else best
 
 
 def _attempt(
@@ -92,7 +100,7 @@ def _along(axis: str, changes: Changes, best: Choice | None, attempt: Try) -> Ch
             found = attempt(changed)
         except Refused:  # llama.cpp does not know how, with this model
             break
-        if found is None or (best and found.seconds >= _threshold(axis, changed) * best.seconds):
+        if found is None or (best and found.seconds >= CLEARLY * best.seconds):
             if best:
                 break
             continue
@@ -100,9 +108,25 @@ def _along(axis: str, changes: Changes, best: Choice | None, attempt: Try) -> Ch
     return best
 
 
-def _threshold(axis: str, changed: Request) -> float:
-    larger = axis == "ub" and int(fixed_value(changed.chosen, *UBATCH) or 0) > DEFAULT_UBATCH_TOKENS
-    return HARDLY if larger else CLEARLY
+def _with_larger_ubatch(best: Choice, attempt: Try) -> Choice:
+    """What is left of the memory goes to the largest ubatch that hardly costs a token: weights on the CPU are copied to
+    the GPU once for each ubatch of a prompt.  Doubled as long as that goes, then in between."""
+    request = best.request
+    taken = has_option(request.passthrough, *UBATCH, *BATCH) or has_option(request.chosen, *UBATCH)
+    if taken or best.placement.is_complete or not best.placement.on_gpu:
+        return best
+    most = min(LARGEST_UBATCH_TOKENS, request.context_tokens // UBATCH_STEP_TOKENS * UBATCH_STEP_TOKENS)
+    found, fits, too_much = best, DEFAULT_UBATCH_TOKENS, most + UBATCH_STEP_TOKENS
+    while too_much - fits > UBATCH_STEP_TOKENS:
+        middle = (fits + too_much) // 2 // UBATCH_STEP_TOKENS * UBATCH_STEP_TOKENS
+        tokens = min(2 * fits, most) if too_much > most else max(middle, fits + UBATCH_STEP_TOKENS)
+        larger = attempt(_with_ubatch(request, tokens))
+        if larger and larger.seconds < HARDLY * best.seconds:
+            note = _reason(_ubatch_note(tokens), best, larger)
+            found, fits = replace(larger, notes=(*best.notes, note)), tokens
+        else:
+            too_much = tokens
+    return found
 
 
 def _reason(note: str, before: Choice | None, after: Choice) -> str:
@@ -121,19 +145,19 @@ def _reason(note: str, before: Choice | None, after: Choice) -> str:
 
 def _smaller_ubatches(request: Request) -> Changes:
     """They take less to compute in."""
-    return _ubatches(request, SMALLER_UBATCHES)
-
-
-def _larger_ubatches(request: Request) -> Changes:
-    """They read the weights on the CPU less often for a prompt."""
-    return _ubatches(request, () if has_option(request.chosen, *UBATCH) else LARGER_UBATCHES)
-
-
-def _ubatches(request: Request, sizes: Sequence[int]) -> Changes:
     if not has_option(request.passthrough, *UBATCH, *BATCH):
-        for tokens in sizes:
-            note = f"A ubatch of {tokens} tokens in place of {DEFAULT_UBATCH_TOKENS}"
-            yield _with(request, UBATCH, str(tokens)), note
+        for tokens in SMALLER_UBATCHES:
+            yield _with_ubatch(request, tokens), _ubatch_note(tokens)
+
+
+def _ubatch_note(tokens: int) -> str:
+    return f"A ubatch of {tokens:,} tokens in place of {DEFAULT_UBATCH_TOKENS}"
+
+
+def _with_ubatch(request: Request, tokens: int) -> Request:
+    """llama.cpp cuts a ubatch to the size of a batch."""
+    changed = _with(request, UBATCH, str(tokens))
+    return _with(changed, BATCH, str(tokens)) if tokens > DEFAULT_BATCH_TOKENS else changed
 
 
 def _caches(request: Request) -> Changes:
@@ -177,6 +201,5 @@ AXES: tuple[tuple[str, Callable[[Request], Changes]], ...] = (
     ("slots", _slot_counts),
     ("kv", _caches),
     ("ub", _smaller_ubatches),
-    ("ub", _larger_ubatches),
     ("ctx", _contexts),
 )

@@ -56,6 +56,12 @@ CASES = {
     "experts on the CPU": (
         ("mixtral-8x7b", 32), ["--gpu", "RTX 3060", "--vram", "11.5GiB", "--", "-ncmoe", "32"], 33
     ),
+    "fewer tokens that take more than many": (
+        ("mixtral-8x7b", 32),
+        ["--gpu", "RTX 4090", "-c", "4096", "--", "-ngl", "33", "-ncmoe", "20", "-ub", "2304", "-b", "2304", "-ot",
+         r"blk\.20\.ffn_down_exps\.weight=CPU,blk\.22\.ffn_down_exps\.weight=CPU"],
+        33,
+    ),
     "two unequal cards, all of it on them": (
         ("llama-8b", 32), ["--gpu", "RTX 3060,RTX 4060", "--vram", "3GiB,4GiB", "-c", "4096", "--slots", "2"], 33
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyllamarun.errors import BinaryError
-from pyllamarun.machine.bandwidth import MAX_ATTEMPTS, known_rates, measure
+from pyllamarun.machine.bandwidth import known_rates, measure
 from pyllamarun.machine.core_rates import assumed, nominal
 from pyllamarun.machine.rates import ASSUMED, MEASURED, NOMINAL, PLAIN, REPACKED
 from pyllamarun.models.types import TENSOR_TYPES
@@ -33,6 +33,7 @@ def test_every_type_of_weights_is_measured(printed: str, tmp_path: Path) -> None
     assert {name for name, layout in rates.all.weights if layout == PLAIN} >= WEIGHTS
     assert {name for name, _ in rates.all.weights} <= {kind.name for kind in TENSOR_TYPES.values()}
     assert set(rates.all.weights) == set(rates.one.weights) == set(rates.all.products)
+    assert set(rates.all.weights) == set(rates.all.rows) == set(rates.all.product_seconds)
     assert all(
         rates.product_rate(*key) > 0 and rates.read_seconds(*key, 1 << 20, 100, 1) > 0 for key in rates.all.weights
     )
@@ -65,15 +66,6 @@ def test_a_probe_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path) -> No
         measure(tmp_path, "build", lambda: "Segmentation fault\n")
     assert "Segmentation fault" in caught.value.why
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disturbed_measurement_is_repeated_and_the_least_disturbed_counts(printed: str, tmp_path: Path) -> None:
-    data = json.loads(printed)
-    seen = [data | {"preemptions": many, "best_threads": best} for many, best in ((90000, 1), (40000, 2), (70000, 1))]
-    texts = iter([json.dumps(one) for one in seen])
-    assert measure(tmp_path, "build", lambda: next(texts)).best_threads == 2
-    assert next(texts, None) is None
-    assert len(seen) == MAX_ATTEMPTS
 
 
 def test_what_cannot_be_kept_is_measured_all_the_same(printed: str, tmp_path: Path) -> None:

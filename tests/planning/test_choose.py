@@ -23,10 +23,12 @@ Choosing = Callable[..., Choice]
 
 @pytest.fixture
 def choosing(tmp_path: Path, machine: Callable[..., Machine]) -> Choosing:
-    """Chooses for an 8B on a card of 12 GiB."""
-    model, gpu = shapes.write(shapes.llama_8b(32), tmp_path / "m"), machine(12288)
+    """Chooses for an 8B, or the first 16 layers of another model, on a card of 12 GiB."""
+    gpu = machine(12288)
 
-    def chosen(**wishes: object) -> Choice:
+    def chosen(shape: str = "", **wishes: object) -> Choice:
+        spec = shapes.SHAPES[shape](16) if shape else shapes.llama_8b(32)
+        model = shapes.write(spec, tmp_path / f"m{shape}")
         request: Request = make_request(overhead="0", **wishes)  # type: ignore[arg-type]
         devices = [Device(name, name, "VIRTUAL", "gpu", 12 * GIB, 12 * GIB) for name in gpu.device_names]
         return choose(read_header(model), request, resolve_limits(request, devices), gpu.ask)
@@ -73,12 +75,25 @@ def test_a_smaller_ubatch_or_context_where_it_would_not_fit_otherwise(choosing: 
     assert "otherwise it would not fit" in choice.notes[0]
 
 
-def test_larger_ubatches_where_they_cost_little(choosing: Choosing) -> None:
-    choice, as_asked = (choosing(vram="4GiB", allow=allow) for allow in ("ub", ""))
-    if choice.request.chosen:
-        assert int(choice.request.chosen[1]) > 512
-        assert choice.seconds <= 1.02 * as_asked.seconds
-    assert choosing(vram="4GiB", allow="ub", arguments=["-b", "512"]).request.chosen == ()
+def test_what_is_left_goes_to_the_largest_ubatch_that_costs_little(choosing: Choosing) -> None:
+    choice, as_asked = (choosing("mixtral-8x7b", vram="4GiB", allow=allow) for allow in ("ub", ""))
+    tokens = int(choice.request.chosen[1])
+    assert 512 < tokens < 4096
+    assert choice.placement.fits
+    assert choice.seconds <= 1.02 * as_asked.seconds
+    assert f"A ubatch of {tokens:,} tokens" in choice.notes[0]
+    larger = choosing("mixtral-8x7b", vram="4GiB", arguments=["-ub", str(tokens + 256), "-b", "4096"])
+    assert larger.seconds > 1.02 * as_asked.seconds
+    assert choosing("mixtral-8x7b", vram="4GiB", allow="ub", arguments=["-b", "512"]).request.chosen == ()
+
+
+def test_a_ubatch_is_no_longer_than_the_context_and_its_batch_no_shorter(choosing: Choosing) -> None:
+    def chosen(context: int) -> tuple[str, ...]:
+        return choosing("gpt-oss-120b", vram="6.5GiB", context=context, allow="ub").request.chosen
+
+    assert chosen(512) == ()
+    assert chosen(2100) == ("-ub", "2048")
+    assert chosen(2600) == ("-ub", "2560", "-b", "2560")
 
 
 def test_a_context_is_halved_only_as_long_as_that_gains(choosing: Choosing) -> None:
