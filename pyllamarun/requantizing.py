@@ -19,7 +19,7 @@ from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.host import read_cpu
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
-from pyllamarun.models.partial import remove_dead
+from pyllamarun.models.unfinished import remove_dead
 from pyllamarun.models.provenance import Provenance, computed_sha256, recorded_sha256
 from pyllamarun.models.quality import quality
 from pyllamarun.models.quantize import (

@@ -16,7 +16,7 @@ from pyllamarun import paths
 from pyllamarun.errors import BinaryError, ModelError, UsageError
 from pyllamarun.models.gguf import DEFAULT_ALIGNMENT, Header, Tensor, read_header
 from pyllamarun.models.names import SPLIT, part_names
-from pyllamarun.models.partial import partial_folder, publish
+from pyllamarun.models.unfinished import partial_folder, publish
 from pyllamarun.models.provenance import Provenance, sidecar_text
 from pyllamarun.models.recipe import PLAIN, Recipe
 from pyllamarun.models.skeleton import file_bytes

@@ -16,7 +16,7 @@ from harness import run_cli, start_cli
 from misbehaving import RemoteContent, Server
 from remote_models import REPOSITORY, publish
 
-from pyllamarun.models import partial, provenance
+from pyllamarun.models import provenance, unfinished
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.quantize import default_target
 from pyllamarun.run.binaries import Binaries
@@ -61,7 +61,7 @@ def wrapped(binaries: Binaries, tmp_path: Path) -> Wrapped:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.endswith(partial.SUFFIX))
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(unfinished.SUFFIX))
 
 
 def models(folder: Path) -> list[str]:
@@ -170,24 +170,24 @@ def test_an_interrupted_run_leaves_nothing(number: signal.Signals, source: Path,
     quiet = subprocess.DEVNULL
     process = start_cli("quantize", source, "Q5_K_M", "-t", "1", "--no-plan", stdout=quiet, stderr=quiet)
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob(f"*{partial.SUFFIX}/*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(f"*{unfinished.SUFFIX}/*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert leftovers(tmp_path), "it never began"
     process.send_signal(number)
     assert process.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
     if number == signal.SIGKILL:
-        assert partial.remove_dead(tmp_path) == 1, "as the next call does"
+        assert unfinished.remove_dead(tmp_path) == 1, "as the next call does"
     assert not leftovers(tmp_path)
     assert models(tmp_path) == [source.name]
 
 
 def test_the_next_call_clears_away_what_a_dead_one_left(model: Path, tmp_path: Path) -> None:
-    left = tmp_path / f"{partial.PREFIX}dead{partial.SUFFIX}"
+    left = tmp_path / f"{unfinished.PREFIX}dead{unfinished.SUFFIX}"
     left.mkdir()
     for name in ("made-00001-of-00002.gguf", "made-00002-of-00002.gguf"):
         (left / name).write_text("part")
     os.link(left / "made-00002-of-00002.gguf", tmp_path / "made-00002-of-00002.gguf")  # when it was killed
-    with partial.partial_folder(tmp_path) as alive:
+    with unfinished.partial_folder(tmp_path) as alive:
         assert run_cli("quantize", model, "Q3_K_M", "--no-plan").returncode == 0
         assert leftovers(tmp_path) == [alive.name]
     assert models(tmp_path) == ["tiny-Q3_K_M.gguf", model.name]
@@ -196,12 +196,12 @@ def test_the_next_call_clears_away_what_a_dead_one_left(model: Path, tmp_path: P
 def test_parts_appear_together_or_not_at_all(tmp_path: Path) -> None:
     from pyllamarun.errors import UsageError
 
-    with partial.partial_folder(tmp_path) as folder:
+    with unfinished.partial_folder(tmp_path) as folder:
         for name in ("a", "b"):
             (folder / name).write_text("mine")
         (tmp_path / "a").write_text("another's")
         with pytest.raises(UsageError, match="appeared meanwhile"):
-            partial.publish(folder, ["a", "b"], tmp_path)
+            unfinished.publish(folder, ["a", "b"], tmp_path)
         assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a"]
     assert (tmp_path / "a").read_text() == "another's"
 
