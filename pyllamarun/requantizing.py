@@ -19,7 +19,6 @@ from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.host import read_cpu
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
-from pyllamarun.models.unfinished import remove_dead
 from pyllamarun.models.provenance import Provenance, computed_sha256, recorded_sha256
 from pyllamarun.models.quality import quality
 from pyllamarun.models.quantize import (
@@ -41,6 +40,7 @@ from pyllamarun.models.requantize import LeftOut, Requantized, requantizations, 
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.models.sources import Source
 from pyllamarun.models.stores import is_folder, is_kept_by_others
+from pyllamarun.models.unfinished import remove_dead
 from pyllamarun.planner import Planner
 from pyllamarun.planning.compare import Comparison, Row, rows_of
 from pyllamarun.planning.plan import Plan

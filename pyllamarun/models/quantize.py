@@ -16,11 +16,11 @@ from pyllamarun import paths
 from pyllamarun.errors import BinaryError, ModelError, UsageError
 from pyllamarun.models.gguf import DEFAULT_ALIGNMENT, Header, Tensor, read_header
 from pyllamarun.models.names import SPLIT, part_names
-from pyllamarun.models.unfinished import partial_folder, publish
 from pyllamarun.models.provenance import Provenance, sidecar_text
 from pyllamarun.models.recipe import PLAIN, Recipe
 from pyllamarun.models.skeleton import file_bytes
 from pyllamarun.models.types import FILE_TYPES
+from pyllamarun.models.unfinished import partial_folder, publish
 from pyllamarun.units import MIB, format_size
 
 Start = Callable[[Sequence[str]], AbstractContextManager[subprocess.Popen[str]]]
