@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ from pyllamarun.models.model import Model
 from pyllamarun.models.provenance import Provenance, computed_sha256, recorded_sha256
 from pyllamarun.models.quality import quality
 from pyllamarun.models.quantize import (
+    ALIASES,
     Order,
     Quantized,
     check_disk,
@@ -37,7 +39,7 @@ from pyllamarun.models.quantize import (
 )
 from pyllamarun.models.recipe import PLAIN, Recipe, write_placeholder
 from pyllamarun.models.requantize import LeftOut, Requantized, requantizations, requantized
-from pyllamarun.models.skeleton import write_skeleton
+from pyllamarun.models.skeleton import fingerprint, write_skeleton
 from pyllamarun.models.sources import Source
 from pyllamarun.models.stores import is_folder, is_kept_by_others
 from pyllamarun.models.unfinished import remove_dead
@@ -158,7 +160,7 @@ def target_of(source: Source, header: Header, wish: Wish, type_name: str) -> Pat
         return (paths.models_folder() if is_kept_by_others(header.path) else header.path.parent) / name
     if is_folder(wish.output):
         return wish.output / name
-    if len(set(wish.types)) > 1:
+    if len({ALIASES.get(name.upper(), name.upper()) for name in wish.types}) > 1:
         raise UsageError(f"{wish.output} is no folder, and several files are to be made.", remedy="Name a folder.")
     return wish.output
 
@@ -335,11 +337,16 @@ def imatrix_plan(planner: Planner, model: Model, request: Request) -> Plan:
 
 
 def imatrix_target(model: Model, text: Path, wish: Wish) -> Path:
-    """Where the importance matrix of a model and a text is kept: with the files that are made."""
+    """Where the importance matrix of a model and a text is kept: with the files that are made.
+
+    Of another model or text, or a changed one, it has another name.
+    """
     if not text.is_file():
         raise UsageError(f"There is no file {text}.", remedy="Give a text: --imatrix auto TEXT.")
     folder = target_of(model.source, model.header, wish, "").parent
-    return imatrix_path(folder, _file_name(model.source, model.header).removesuffix(".gguf"), text)
+    name = _file_name(model.source, model.header).removesuffix(".gguf")
+    content = hashlib.sha256(f"{fingerprint(model.header)} {computed_sha256(text)}".encode()).hexdigest()
+    return folder / f"imatrix-{name}-{text.stem}-{content[:12]}.gguf"
 
 
 def make_imatrix(planner: Planner, model: Model, text: Path, wish: Wish, request: Request, progress: Progress) -> Path:

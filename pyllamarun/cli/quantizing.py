@@ -102,7 +102,7 @@ def run(asked: Asked) -> None:
     quantizer = requantizing.find_quantizer()
     model = Model(source, source.read_header())
     with ExitStack() as stack:
-        planner = stack.enter_context(Planner(wanted_machine(asked.machine))) if _plans(asked) else None
+        planner = _planner(asked, stack)
         outlook = _outlook(asked, quantizer, model, wish, request, planner)
         warnings = requantizing.warnings(model.header, [one.type for one in outlook.made])
         if not asked.as_json:
@@ -122,8 +122,18 @@ def run(asked: Asked) -> None:
         output.print_json(output.envelope("quantize", _data(results, facts)))
 
 
-def _plans(asked: Asked) -> bool:
-    return asked.plans or asked.fit is not None or asked.imatrix_text is not None
+def _planner(asked: Asked, stack: ExitStack) -> Planner | None:
+    """Raises BinaryError only where something depends on a plan."""
+    is_needed = asked.fit is not None or asked.imatrix_text is not None
+    if not (asked.plans or is_needed):
+        return None
+    try:
+        return stack.enter_context(Planner(wanted_machine(asked.machine)))
+    except BinaryError as error:
+        if is_needed:
+            raise
+        output.note(f"No plans: {error.what}")
+        return None
 
 
 def _outlook(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -31,12 +30,6 @@ _NOTHING_LEFT = "not be enough tokens left"
 _TOO_SHORT = "tokenizes to only"
 
 Progress = Callable[[int, int], None]
-
-
-def imatrix_path(folder: Path, model_name: str, text: Path) -> Path:
-    """Where that of a model and a text is kept: another text, or a changed one, has another name."""
-    digest = hashlib.sha256(text.read_bytes()).hexdigest()[:12]
-    return folder / f"imatrix-{model_name}-{text.stem}-{digest}.gguf"
 
 
 def planned_with(ubatch_tokens: int) -> tuple[str, ...]:

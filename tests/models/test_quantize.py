@@ -206,6 +206,15 @@ def test_parts_appear_together_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "another's"
 
 
+def test_without_a_probe_there_are_no_plans_and_the_file_all_the_same(model: Path, wrapped: Wrapped) -> None:
+    folder = wrapped('exec "$REAL" "$@"')
+    (Path(folder) / "pyllamarun-probe").unlink()
+    result = run_cli("quantize", model, "Q3_K_M", PYLLAMARUN_BIN_DIR=folder)
+    assert (result.returncode, "No plans: pyllamarun-probe is missing" in result.stderr) == (0, True), result.stderr
+    result = run_cli("quantize", model, "--fit", "1GiB", PYLLAMARUN_BIN_DIR=folder)
+    assert result.returncode == 5
+
+
 def test_several_types_in_one_call(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "made"
     folder.mkdir()
