@@ -55,7 +55,6 @@ from pyllamarun.run.imatrix import (
     UBATCHES,
     compute_imatrix,
     imatrix_arguments,
-    imatrix_path,
     planned_with,
 )
 from pyllamarun.run.process import output_of, running
