@@ -118,7 +118,7 @@ def weighted_progress(subject: str, unit: str, weights: Sequence[int]) -> Iterat
         return
     from tqdm import tqdm
 
-    bar_format = "{desc} {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+    bar_format = "{desc}{postfix} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     with tqdm(total=sums[-1], desc=subject, bar_format=bar_format, leave=False) as bar:
 
         def advance(done: int, of: int) -> None:

@@ -24,6 +24,7 @@ def describe_what_if(
     lines = [stage] if stage else []
     if comparison is not None:
         lines += describe_rows(comparison)
+        lines += [f"{comparison.recommended} is {comparison.reason}."] if comparison.recommended else []
     else:
         sizes = [(type_of(source), source), *((one.type, one.header) for one in made)]
         rows = [[name, format_size(one.file_bytes), f"{_bits(one):.2f}"] for name, one in sizes]

@@ -16,7 +16,7 @@ from harness import run_cli, start_cli
 from misbehaving import RemoteContent, Server
 from remote_models import REPOSITORY, publish
 
-from pyllamarun.models import provenance, unfinished
+from pyllamarun.models import provenance, stores, unfinished
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.quantize import default_target
 from pyllamarun.run.binaries import Binaries
@@ -188,6 +188,8 @@ def test_the_next_call_clears_away_what_a_dead_one_left(model: Path, tmp_path: P
         (left / name).write_text("part")
     os.link(left / "made-00002-of-00002.gguf", tmp_path / "made-00002-of-00002.gguf")  # when it was killed
     with unfinished.partial_folder(tmp_path) as alive:
+        shutil.copy(model, alive / "under-way.gguf")
+        assert "under-way.gguf" not in {path.name for path in stores.gguf_files(tmp_path)}
         assert run_cli("quantize", model, "Q3_K_M", "--no-plan").returncode == 0
         assert leftovers(tmp_path) == [alive.name]
     assert models(tmp_path) == ["tiny-Q3_K_M.gguf", model.name]
