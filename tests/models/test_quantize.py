@@ -362,6 +362,20 @@ def test_a_model_in_hugging_faces_cache_is_not_written_beside(tiny: Callable[[st
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_model_of_ollamas_is_called_by_its_name(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, digest = tmp_path / "home/ollama_models", provenance.computed_sha256(tiny("llama"))
+    manifest = folder / "manifests/registry.ollama.ai/library/tiny/8b-q4_0"
+    for part in (manifest.parent, folder / "blobs"):
+        part.mkdir(parents=True)
+    layer = {"mediaType": stores.OLLAMA_MODEL, "digest": f"sha256:{digest}"}
+    manifest.write_text(json.dumps({"layers": [layer]}))
+    shutil.copy(tiny("llama"), folder / "blobs" / f"sha256-{digest}")
+    result = run_cli("quantize", "tiny:8b-q4_0", "Q3_K_M", "--no-plan")
+    assert result.returncode == 0, result.stderr
+    made = tmp_path / "home/data/models/tiny-8b-Q3_K_M.gguf"
+    assert (said(made)["source"], said(made)["source_sha256"]) == ("tiny:8b-q4_0", digest)
+
+
 def test_a_model_that_is_not_here_is_looked_at_and_not_made(hugging_face: Server, model: Path) -> None:
     publish(hugging_face, {"model-Q4_0.gguf": RemoteContent(model.read_bytes())})
     name = f"hf:{REPOSITORY}/model-Q4_0.gguf"
