@@ -113,10 +113,14 @@ class Goal:
 def requantize(model: Model, wish: Wish, progress: Progress = NO_PROGRESS) -> tuple[Quantized, ...]:
     """Makes a file of each type.  `progress` is told how many tensors of how many are done, of each.
 
-    Raises UsageError, ModelError or BinaryError; then of the files that are not complete nothing is there.
+    Raises UsageError, ModelError, DoesNotFit or BinaryError; then of the files that are not complete nothing is there.
     """
     quantizer = find_quantizer()
-    wanted = orders(quantizer, model, wish, forecasts(quantizer, model, wish))
+    made = forecasts(quantizer, model, wish)
+    if wish.imatrix_text is not None:
+        with Planner() as planner:
+            wish = with_imatrix(planner, model, wish, make_request(), NO_PROGRESS)
+    wanted = orders(quantizer, model, wish, made)
     prepare(wanted)
     return tuple(quantize(quantizer.start, quantizer.program, order, progress) for order in wanted)
 
@@ -348,18 +352,25 @@ def imatrix_target(model: Model, text: Path, wish: Wish) -> Path:
     return folder / f"imatrix-{name}-{text.stem}-{content[:12]}.gguf"
 
 
-def make_imatrix(planner: Planner, model: Model, text: Path, wish: Wish, request: Request, progress: Progress) -> Path:
-    """Computes it from a text, if it is not there yet.  Raises DoesNotFit, UsageError or BinaryError."""
+def with_imatrix(planner: Planner, model: Model, wish: Wish, request: Request, progress: Progress) -> Wish:
+    """The wish with the importance matrix of its text, which is computed if it is not there yet.
+
+    Raises DoesNotFit, UsageError or BinaryError.
+    """
+    text = wish.imatrix_text
+    if text is None:
+        return wish
     target = imatrix_target(model, text, wish)
-    if target.exists():
-        return target
-    if planner.stage.kind == ON_STANDIN:
-        raise UsageError(
-            "An importance matrix is computed on a real GPU, or on the CPU.", remedy="Leave --gpu out, or give a file."
-        )
-    plan = imatrix_plan(planner, model, request)
-    planner.free_gpus()
-    program = planner.binaries.path("llama-imatrix")
-    arguments = imatrix_arguments(plan.argv[1:], text, wish.threads)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return compute_imatrix(program, planner.stage.environment, arguments, target, progress)
+    if not target.exists():
+        if planner.stage.kind == ON_STANDIN:
+            raise UsageError(
+                "An importance matrix is computed on a GPU that is here, or on the CPU.",
+                remedy="Leave --gpu out, or give a file.",
+            )
+        plan = imatrix_plan(planner, model, request)
+        planner.free_gpus()
+        program = planner.binaries.path("llama-imatrix")
+        arguments = imatrix_arguments(plan.argv[1:], text, wish.threads)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compute_imatrix(program, planner.stage.environment, arguments, target, progress)
+    return replace(wish, imatrix_text=None, recipe=replace(wish.recipe, imatrix=target))

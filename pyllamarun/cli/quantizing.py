@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pyllamarun import output, requantizing
@@ -116,7 +115,9 @@ def run(asked: Asked) -> None:
             return
         wish = outlook.wish
         if wish.imatrix_text is not None and planner is not None:
-            wish = _with_imatrix(planner, model, wish, wish.imatrix_text, request)
+            with output.progress("chunks", 0) as advance:
+                wish = requantizing.with_imatrix(planner, model, wish, request, advance)
+            output.note(f"The importance matrix is {wish.recipe.imatrix}.")
     results = _make(quantizer, model, wish, outlook.made, None if asked.as_json else output.print_text)
     if asked.as_json:
         output.print_json(output.envelope("quantize", _data(results, facts)))
@@ -184,13 +185,6 @@ def _print_commands(
         return
     for argv in commands:
         output.print_text(shlex.join(argv))
-
-
-def _with_imatrix(planner: Planner, model: Model, wish: Wish, text: Path, request: Request) -> Wish:
-    with output.progress("chunks", 0) as advance:
-        path = requantizing.make_imatrix(planner, model, text, wish, request, advance)
-    output.note(f"The importance matrix is {path}.")
-    return replace(wish, imatrix_text=None, recipe=replace(wish.recipe, imatrix=path))
 
 
 def _make(

@@ -98,5 +98,6 @@ def write_placeholder(path: Path, tensors: Iterable[Tensor]) -> Path:
         "imatrix.chunk_size": Value(UINT32, 512),
     }
     kind = TENSOR_TYPES[0]
-    name, width = next((tensor.name, tensor.shape[0]) for tensor in tensors if len(tensor.shape) > 1)
+    matrices = ((tensor.name, tensor.shape[0]) for tensor in tensors if len(tensor.shape) > 1)
+    name, width = next(matrices, ("none", 1))
     return write_sparse(path, metadata, [(f"{name}.in_sum2", kind, (width, 1)), (f"{name}.counts", kind, (1, 1))])
