@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from pyllamarun.errors import PyllamarunError
 from pyllamarun.units import format_seconds, format_size
 
 SCHEMA = 1
+LOG_INTERVAL_SECONDS = 10.0  # between lines about progress, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,41 @@ def ask(question: str) -> bool | None:
         return None
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().casefold() in ("y", "yes")
+
+
+@contextmanager
+def weighted_progress(subject: str, unit: str, weights: Sequence[int]) -> Iterator[Callable[[int, int], None]]:
+    """Progress through things that take as long as their weights say; call it with (how many are done, of how many).
+
+    On a terminal a bar with the time that is left; elsewhere a line on stderr every so often.
+    """
+    sums = [0, *itertools.accumulate(weights)]
+    if not sys.stderr.isatty():
+        yield _progress_lines(subject, unit, sums)
+        return
+    from tqdm import tqdm
+
+    bar_format = "{desc}{postfix} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(total=sums[-1], desc=subject, bar_format=bar_format, leave=False) as bar:
+
+        def advance(done: int, of: int) -> None:
+            bar.postfix = f"{done}/{of} {unit}"
+            bar.update(sums[min(done, len(sums) - 1)] - bar.n)
+
+        yield advance
+
+
+def _progress_lines(subject: str, unit: str, sums: Sequence[int]) -> Callable[[int, int], None]:
+    started = shown = time.monotonic()
+
+    def advance(done: int, of: int) -> None:
+        nonlocal shown
+        now, share = time.monotonic(), sums[min(done, len(sums) - 1)] / max(sums[-1], 1)
+        if now - shown >= LOG_INTERVAL_SECONDS and 0 < share < 1:
+            shown, left = now, (now - started) * (1 / share - 1)
+            note(f"{subject}: {done} of {of} {unit}, {share:.0%}, {left:.0f} s left")
+
+    return advance
 
 
 @contextmanager

@@ -75,7 +75,8 @@ def test_every_field_is_documented(
         ("plan", model, *BOX, "--compare", "ctx"),
         ("plan", model, *BOX, "--compare", "quants"),
         ("rehearse", model, *BOX),
-        ("quantize", model, "Q3_K_M"),
+        ("quantize", model, "Q3_K_M", *BOX),
+        ("quantize", model, "Q2_K", "--dry-run", *BOX),
     ):
         kind, found = data(*arguments)
         seen.setdefault(kind, set()).update(leaves(found))

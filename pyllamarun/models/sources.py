@@ -17,6 +17,7 @@ from pyllamarun.errors import UsageError
 from pyllamarun.models import stores
 from pyllamarun.models.gguf import Header, read_header
 from pyllamarun.models.names import part_names
+from pyllamarun.paths import expanded
 
 if TYPE_CHECKING:
     from pyllamarun.models.remote import RemoteFile
@@ -100,10 +101,7 @@ def resolve(text: str) -> Source:
         from pyllamarun.models.network import url_source
 
         return url_source(text)
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError:
-        raise UsageError(f"There is no home folder for {text}.", remedy="Write the whole path.") from None
+    path = expanded(text)
     if stores.is_file(path) or text.startswith(("/", "./", "../", "~")):
         return Source(str(path), path)
     found = stores.find(text)

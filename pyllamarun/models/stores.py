@@ -100,6 +100,13 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def is_kept_by_others(path: Path) -> bool:
+    """Whether a file lies in another program's store, which is never written to."""
+    if any(part.startswith("models--") for part in path.absolute().parts):  # in Hugging Face's cache, wherever that is
+        return True
+    return any(path.absolute().is_relative_to(one.absolute()) for one in (*lm_studio_folders(), *ollama_folders()))
+
+
 def gguf_files(folder: Path) -> Iterator[Path]:
     """The GGUF files below a folder, in order; links to folders are followed, and none is entered twice."""
     seen: set[tuple[int, int]] = set()
@@ -114,6 +121,8 @@ def gguf_files(folder: Path) -> Iterator[Path]:
             return
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
+            if entry.name.startswith(".") and entry.name.endswith(".partial"):
+                continue  # of files that are being made
             if is_folder(path / entry.name):
                 yield from walk(path / entry.name, depth + 1)
             elif is_gguf(entry.name):
