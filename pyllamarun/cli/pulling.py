@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pyllamarun import output, paths
+from pyllamarun import output
 from pyllamarun.cli import Terminated
 from pyllamarun.cli.options import PlanOptions
 from pyllamarun.cli.planning import wanted_machine, wanted_request
@@ -24,8 +24,9 @@ from pyllamarun.models.pulling import Job, PulledFile
 from pyllamarun.models.sources import Source, resolve
 from pyllamarun.models.store import Index, known_sha256, open_index
 from pyllamarun.planner import Planner
+from pyllamarun.requantizing import Wish, find_quantizer, forecasts, target_of
 from pyllamarun.units import format_seconds, format_size
-from pyllamarun.whatif import compare_models, requantized_models
+from pyllamarun.whatif import compare_models
 
 
 @dataclass(frozen=True)
@@ -181,21 +182,17 @@ def _planned(
     """Whether it fits, and what a requantization will write, and where.  A pull without programs is no error."""
     if is_companion(job.source.path.name):
         return None, []
-    request = wanted_request(options)
+    request, model = wanted_request(options), Model(job.source, header)
+    more = []
+    if wishes.type_name is not None:
+        wish = Wish((wishes.type_name,))
+        (made,) = forecasts(find_quantizer(), model, wish)
+        more = [(target_of(job.source, header, wish, made.type).parent, made.header.file_bytes)]
     try:
         with Planner(wanted_machine(options.machine), overhead_bytes=request.overhead_bytes) as planner:
-            more = []
-            if wishes.type_name is not None:
-                found = requantized_models(planner, header, [wishes.type_name.upper()])
-                if not found.offered:
-                    reason = found.left_out[0].reason if found.left_out else f"It is {header.file_type} already"
-                    raise UsageError(f"{job.name} is not made {wishes.type_name}.", why=f"{reason}.")
-                more = [(paths.models_folder(), found.offered[0].header.file_bytes)]
-            return fit(planner, Model(job.source, header), request), more
+            return fit(planner, model, request), more
     except BinaryError as error:
-        if wishes.type_name is not None:
-            raise
-        return Fit(UNKNOWN, "not known", reason=error.what), []
+        return Fit(UNKNOWN, "not known", reason=error.what), more
 
 
 def _tell(

@@ -275,6 +275,19 @@ def test_fit_takes_the_model_that_plans_recommend(hugging_face: Server, tiny: Ca
     assert refused.returncode == 3, refused.stderr
 
 
+def test_quantize_makes_a_smaller_file_of_what_was_pulled(hugging_face: Server, tiny: Callable[[str], Path]) -> None:
+    publish(hugging_face, {FILE: RemoteContent(tiny("llama-k-quants").read_bytes())})
+    refused = run_cli("pull", NAME, "--quantize", "Q9_9")
+    assert refused.returncode == 2, "before the first byte"
+    assert not repository().exists()
+    result = run_cli("pull", NAME, "--quantize", "Q3_K_M", "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    pulled, made = (json.loads(line) for line in result.stdout.splitlines())
+    assert (pulled["kind"], made["kind"]) == ("pull", "quantize")
+    assert Path(made["data"]["target"]).parent == paths.models_folder()
+    assert read_header(Path(made["data"]["target"])).file_type == "Q3_K_M"
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
 
