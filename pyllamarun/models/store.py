@@ -32,7 +32,7 @@ _TABLES = (
     " size_bytes INTEGER, mtime_ns INTEGER, recorded TEXT)",
     "CREATE TABLE begun (path TEXT PRIMARY KEY, source TEXT, targets TEXT, size_bytes INTEGER, since TEXT)",
 )
-_SHA256 = re.compile(r"(?:sha256-)?([0-9a-f]{64})")
+_SHA256 = re.compile(r"(?:sha256[:-])?([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
