@@ -89,14 +89,14 @@ def _get(options: PlanOptions, wishes: Wishes, index: Index) -> Got:
     projector = _projector(source) if wishes.mmproj else None
     if source.is_here and (projector is None or projector.is_here):
         return _here(source.name, source.path, index, wishes, projector)
-    if source.is_here:
-        assert projector is not None
-        job = pulling.job_of(projector)
-    else:
-        job = pulling.job_of(source, projector, wishes.sha256)
-        same = pulling.same_here(job, index)
-        if same is not None and projector is None:
-            return _here(job.name, same.path, index, wishes, None)
+    if source.is_here and projector is not None:
+        got = _brought(options, wishes, index, pulling.job_of(projector))
+        parts = read_header(source.path).parts
+        return replace(got, source=source.name, path=source.path, parts=parts, projector=projector.path)
+    job = pulling.job_of(source, projector, wishes.sha256)
+    same = pulling.same_here(job, index)
+    if same is not None and projector is None:
+        return _here(job.name, same.path, index, wishes, None)
     return _brought(options, wishes, index, job)
 
 

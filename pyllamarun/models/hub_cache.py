@@ -6,6 +6,7 @@ on its way has a name of our own beside the blob, which huggingface_hub never ta
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -84,8 +85,8 @@ def make_room(spot: Spot) -> None:
     try:
         for folder in (spot.blob.parent, spot.link.parent, spot.lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(spot.blob.parent, os.W_OK):
-            raise PermissionError(13, os.strerror(13))
+        if not all(os.access(folder, os.W_OK) for folder in (spot.blob.parent, spot.link.parent, spot.lock.parent)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise DownloadError(
             f"Hugging Face's cache cannot be written to: {spot.folder.parent}.",

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyllamarun.errors import DownloadError, ModelError, UsageError
 from pyllamarun.models import hub_cache
+from pyllamarun.models.disk import disk_error
 from pyllamarun.models.download import Wanted, fetch
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.http import Web
@@ -230,9 +231,12 @@ def _bring(
     if spot is None:
         return _fetched(web, job, part, index, progress, say)
     hub_cache.make_room(spot)
-    with hub_cache.locked(spot.lock):
-        pulled = _fetched(web, job, part, index, progress, say)
-        hub_cache.publish(spot)
+    try:
+        with hub_cache.locked(spot.lock):
+            pulled = _fetched(web, job, part, index, progress, say)
+            hub_cache.publish(spot)
+    except OSError as error:
+        raise disk_error(part.path, error) from None
     return pulled
 
 

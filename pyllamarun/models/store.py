@@ -9,6 +9,7 @@ the names of their files.  Several processes may use it at once; one that is dam
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import os
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from pyllamarun import __version__, paths
+from pyllamarun.errors import UsageError
 from pyllamarun.models.stores import whole
 
 SCHEMA = 1
@@ -282,8 +284,7 @@ def pulling(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[N
     away with its process, however that ends.
     """
     name = hashlib.sha256(os.fsencode(whole(path))).hexdigest()[:32]
-    folder = paths.state_folder() / "pulls"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _locks_folder()
     with ExitStack() as stack:
         stack.enter_context(_locked_file(folder / "any.lock", fcntl.LOCK_SH))
         try:
@@ -299,8 +300,7 @@ def pulling(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[N
 @contextmanager
 def no_pulls() -> Iterator[bool]:
     """Whether no process pulls anything; as long as this is held, none begins."""
-    folder = paths.state_folder() / "pulls"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _locks_folder()
     with ExitStack() as stack:
         try:
             stack.enter_context(_locked_file(folder / "any.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
@@ -311,6 +311,21 @@ def no_pulls() -> Iterator[bool]:
             if lock.name != "any.lock":
                 lock.unlink(missing_ok=True)
         yield True
+
+
+def _locks_folder() -> Path:
+    folder = paths.state_folder() / "pulls"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written to, where one process tells another what it pulls.",
+            why=error.strerror or str(error),
+            remedy="Make it writable, or set PYLLAMARUN_HOME to a folder that is.",
+        ) from None
+    return folder
 
 
 @contextmanager
