@@ -16,8 +16,8 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.models.hub import parse_name
 from pyllamarun.models.model import Model
 from pyllamarun.models.names import quantization
-from pyllamarun.models.quantize import known_types
-from pyllamarun.models.requantize import UNQUANTIZED, Requantizations, requantizations
+from pyllamarun.models.quantize import UNQUANTIZED, known_types
+from pyllamarun.models.requantize import Requantizations, requantizations
 from pyllamarun.models.sources import Source
 from pyllamarun.planner import Planner
 from pyllamarun.planning.advice import LADDER, advice_from, changes, down_to_usable, larger_card, more_ram

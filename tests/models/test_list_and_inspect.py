@@ -20,6 +20,7 @@ from pyllamarun import paths
 from pyllamarun.models.catalog import Catalog
 from pyllamarun.models.gguf import ARRAY, FLOAT32, INT32, STRING, UINT32, Array, Header, Tensor, Value, read_header
 from pyllamarun.models.skeleton import write_sparse
+from pyllamarun.models.store import open_index
 from pyllamarun.models.stores import all_stored
 from pyllamarun.models.summary import ROLES, kv_bytes_by_layer, role, summarize
 from pyllamarun.models.types import TENSOR_TYPES
@@ -278,30 +279,17 @@ def test_hundreds_of_models_are_listed_quickly_and_changes_are_seen(tmp_path: Pa
     for number in range(300):
         os.link(made, folder / f"m{number}.gguf")
     stored = all_stored()
-    file = paths.state_folder() / "catalog.json"
-    catalog = Catalog(file)
+    index = open_index()
+    catalog = Catalog(index)
     first = list(catalog.entries(stored))
     catalog.save()
     start = time.monotonic()
-    assert [asdict(entry) for entry in Catalog(file).entries(stored)] == [asdict(entry) for entry in first]
+    assert [asdict(entry) for entry in Catalog(index).entries(stored)] == [asdict(entry) for entry in first]
     assert time.monotonic() - start < 1, "their headers are read again"
     (folder / "m7.gguf").unlink()
     (folder / "m7.gguf").write_bytes(b"no model")
-    changed = [entry.name for entry in Catalog(file).entries(stored) if entry.problem]
+    changed = [entry.name for entry in Catalog(index).entries(stored) if entry.problem]
     assert changed == ["m7.gguf"]
-
-
-@pytest.mark.parametrize("content", ["", "[", '{"version": "0.1.0", "entries": {"x": 3}}', "[]"])
-def test_a_catalog_that_cannot_be_read_is_made_again(content: str, tiny: Callable[[str], Path]) -> None:
-    folder = paths.models_folder()
-    folder.mkdir(parents=True)
-    os.link(tiny("llama"), folder / "m.gguf")
-    file = paths.state_folder() / "catalog.json"
-    file.parent.mkdir(parents=True)
-    text = content.replace('"x"', json.dumps(str(folder / "m.gguf")))
-    file.write_text(text)
-    assert run_cli("list", "--json").returncode == 0
-    assert json.loads(file.read_text())["entries"]
 
 
 def test_the_type_names_are_those_of_the_gguf_package() -> None:
