@@ -158,7 +158,7 @@ def _chosen(
     costs = [_published(source_type, model.header.parameters, row.quality), loses_more(model.header, "it")]
     return replace(
         plan,
-        changes=(note, " ".join(filter(None, costs)), *plan.changes) if any(costs) else (note, *plan.changes),
+        changes=(note, *filter(None, costs), *plan.changes),
         warnings=(*plan.warnings, *warnings),
         requantization=Requantization(
             source=model.source.name,
@@ -191,5 +191,5 @@ def _published(source_type: str, parameters: int, after: Quality | None) -> str:
     before = quality(source_type, parameters)
     if after is None:
         return ""
-    rises = [f"{one.perplexity_rise:+.1%} in {one.type}" for one in (after, before) if one]
+    rises = [f"{one.perplexity_rise:+.1%} in {one.type}" + " (imatrix)" * one.imatrix for one in (after, before) if one]
     return f"Perplexity, as published for {after.model}: {', '.join(rises)}."
