@@ -1,8 +1,4 @@
-"""Plans, as a library: opens what a plan is asked of, once for as many plans as are wanted.
-
-from pyllamarun import Machine, Model, plan
-print(plan(Model.open("llama-3-70b-Q4_K_M.gguf"), Machine.of(gpus="RTX 3060"), vram="11.5GiB").gpu_layers)
-"""
+"""Opens what a plan is asked of, once for as many plans as are wanted: stage, probe, devices, memory."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from pyllamarun import paths
 from pyllamarun.errors import ModelError
@@ -31,7 +26,7 @@ from pyllamarun.output import printable
 from pyllamarun.planning.hardware import Hardware, hardware_of
 from pyllamarun.planning.plan import Plan, make_plan
 from pyllamarun.planning.probe import Answer, Device, Probe, Refused
-from pyllamarun.planning.request import RPC, SERVER, Budget, Request, fixed_value, has_option, make_request
+from pyllamarun.planning.request import RPC, SERVER, Budget, Request, fixed_value, has_option
 from pyllamarun.planning.saved import confirm
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.command import environment
@@ -255,13 +250,3 @@ def read_bandwidth() -> HostRates:
         return output_of([probe, "--read-bandwidth"], environment(binaries, ()))[1]
 
     return measure(paths.state_folder(), binaries.build.commit, run)
-
-
-def plan(model: Model | str | Path, machine: Machine = HERE, **wishes: Any) -> Plan:
-    """One plan.  `wishes` are those of `make_request`: vram="11.5GiB", context=8192, slots=4, arguments=["-ub", "256"].
-
-    Raises UsageError, ModelError, DownloadError, DoesNotFit, Refused or BinaryError, each with what to do next.
-    """
-    request = make_request(**wishes)
-    with Planner(machine, overhead_bytes=request.overhead_bytes) as planner:
-        return planner.plan(model if isinstance(model, Model) else Model.open(model), request)

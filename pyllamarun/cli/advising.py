@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 from pyllamarun import output
 from pyllamarun.cli.options import PlanOptions
@@ -17,9 +18,12 @@ from pyllamarun.whatif import advise
 
 
 def advice_for(planned: Planned, options: PlanOptions) -> tuple[Advice, ...]:
-    """What would help a plan."""
+    """What would help a plan; its model, where it is a requantization that is not made yet, has to be made first."""
     with output.status("looking for what would help"):
-        return advise(planned.planner, planned.model, wanted_request(options), planned.plan)
+        advice = advise(planned.planner, planned.model, wanted_request(options), planned.plan)
+    if planned.plan.requantization is None or planned.is_here:
+        return advice
+    return tuple(replace(one, command=planned.first) for one in advice)
 
 
 def with_advice(

@@ -41,9 +41,9 @@ def print_models(options: PlanOptions, sources: Sequence[Source], plot: str | No
 def plot_plan(planned: Planned, options: PlanOptions, path: Path) -> None:
     """The plan's layers, and how fast it would be with other budgets and other quantizations."""
     request = wanted_request(options)
-    axes = ["vram"] * bool(planned.plan.devices) + ["quants"]
+    axes = [("vram", planned.model)] * bool(planned.plan.devices) + [("quants", planned.named)]
     with output.status("comparing") as show:
-        comparisons = [compare(planned.planner, planned.model, request, axis, show) for axis in axes]
+        comparisons = [compare(planned.planner, model, request, axis, show) for axis, model in axes]
     write_plot(path, comparisons, (planned.plan, planned.model.header))
 
 

@@ -18,8 +18,10 @@ ASSUMED_CONTEXT_BYTES = 300 * MIB
 ASSUMED_POOL_BYTES = 64 * MIB
 
 RPC = ("--rpc",)
-# What the planner may change where it is allowed to: types of the KV cache, the size of ubatches, the context.
-ALLOWED = ("kv", "ub", "ctx")
+# What may be changed where that is allowed: types of the KV cache, the size of ubatches, the context; and last the
+# type of the model.
+QUANT = "quant"
+ALLOWED = ("kv", "ub", "ctx", QUANT)
 GOALS = LATENCY, THROUGHPUT = "latency", "throughput"
 # The programs that are planned for: a server, and those that read a text in chunks as long as the context.
 SERVER, PERPLEXITY, IMATRIX = "llama-server", "llama-perplexity", "llama-imatrix"
@@ -63,9 +65,9 @@ class Request:
 
     `passthrough` is what the user wrote after `--`: it goes to llama.cpp as it stands, after our own arguments, and so
     wins over them.  `ram` is what the process may take of host memory, None for all that is available.  `allow` is what
-    may be changed, of ALLOWED and "slots", and `chosen` are arguments with which the planner has done so.  `rpc` are
-    addresses of RPC servers: they come first of all arguments, since others name their devices.  `program` is which of
-    llama.cpp's is to run: what it takes depends on that.
+    may be changed, of ALLOWED and "slots" (QUANT by plans.py, the others by choose.py), and `chosen` are arguments with
+    which the planner has done so.  `rpc` are addresses of RPC servers: they come first of all arguments, since others
+    name their devices.  `program` is which of llama.cpp's is to run: what it takes depends on that.
     """
 
     context_tokens: int
@@ -101,7 +103,7 @@ def make_request(
     rpc: str = "",
 ) -> Request:
     """From what a person would write: vram="11.5GiB" or "11GiB,7GiB", ram="max-4GiB", arguments=["-ctk", "q8_0"],
-    allow="kv,ub".  With the goal "throughput" and no number of slots, the planner chooses that too."""
+    allow="kv,ub,quant".  With the goal "throughput" and no number of slots, the planner chooses that too."""
     return Request(
         context_tokens=context,
         slots=slots or 1,
