@@ -226,6 +226,26 @@ def test_missing_binaries_say_where_they_were_looked_for(smollm2: Path, tmp_path
     assert f"pyllamarun-probe is missing from {tmp_path}" in result.stderr
 
 
+def test_a_driver_that_never_answers_is_given_up(smollm2: Path, binaries: Binaries, tmp_path: Path) -> None:
+    for path in binaries.folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    hanging = tmp_path / "pyllamarun-probe"
+    hanging.unlink()
+    hanging.write_text("#!/bin/sh\nexec sleep 600\n")
+    hanging.chmod(0o755)
+    variables = {"PYLLAMARUN_BIN_DIR": str(tmp_path), "PYLLAMARUN_DRIVER_SECONDS": "0.5"}
+    plan = run_cli("plan", smollm2, **variables)
+    assert (plan.returncode, plan.stdout) == (5, "")
+    assert "llama.cpp did not list the GPUs within 0.5 seconds" in plan.stderr
+    assert "`nvidia-smi`" in plan.stderr
+    assert "--gpu" in plan.stderr
+    doctor = run_cli("doctor", **variables)
+    assert (doctor.returncode, "did not list the GPUs" in doctor.stdout) == (5, True)
+    for wrong in ("soon", "-1", "nan", "inf"):
+        refused = run_cli("plan", smollm2, **variables | {"PYLLAMARUN_DRIVER_SECONDS": wrong})
+        assert (refused.returncode, "is no number of seconds" in refused.stderr) == (2, True)
+
+
 # ------------------------------------------------------------------------------------------------ doctor
 
 
