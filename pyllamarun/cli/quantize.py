@@ -30,12 +30,11 @@ def command(
 
     The new file appears under its name only when it is complete; nothing is overwritten.
     """
-    import shlex
     import subprocess
     import tempfile
     from contextlib import AbstractContextManager
 
-    from pyllamarun import output
+    from pyllamarun import output, shell
     from pyllamarun.machine.host import read_cpu
     from pyllamarun.models import quantize as quantizing
     from pyllamarun.models.gguf import read_header
@@ -66,7 +65,7 @@ def command(
         raise quantizing.needs_imatrix(type_name)
     if dry_run:
         argv = [quantizer, "--allow-requantize", source.path, target, type_name, threads]
-        output.print_text(shlex.join(map(str, argv)))
+        output.print_text(shell.join(map(str, argv)))
         return
     warning = quantizing.quality_warning(type_name, source)
     for line in warning.splitlines():

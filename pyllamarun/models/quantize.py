@@ -75,7 +75,7 @@ def check_target(source: Header, target: Path, type_name: str) -> None:
     """Raises UsageError where writing would lose or repeat something."""
     if source.file_type == type_name:
         raise UsageError(f"{source.path} is {type_name} already.", remedy="Take it as it is.")
-    if len(target.name.encode()) > MAX_NAME_BYTES:
+    if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
         raise UsageError(f"The name of {target} is too long.", remedy="Name another file with -o.")
     if any(os.path.realpath(target) == os.path.realpath(part) for part in source.parts):
         raise UsageError("The target is the source.", remedy="Name another file with -o.")

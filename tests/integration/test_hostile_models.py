@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import run_cli
+from harness import run_cli, start_cli
 from hostile import ESCAPES, FAULTS, drives_no_terminal, no_file
 
 from pyllamarun.models.gguf import STRING, UINT32, Value, read_header
 from pyllamarun.models.skeleton import MAX_VOCABULARY, write_sparse
+from pyllamarun.run.server import free_port
 
 COMMANDS = {
     "plan": ("plan", "{}", "--virtual-gpu", "4GiB"),
@@ -80,6 +85,50 @@ def test_a_models_name_cannot_drive_the_terminal(variant: Variant) -> None:
         result = run_cli(*argv, *more)
         assert result.returncode == 0, result.stderr
         assert drives_no_terminal(result.stdout + result.stderr)
+
+
+NAMES = {"escapes": os.fsencode(f"'{ESCAPES}\\.gguf"), "not UTF-8": b"caf\xe9\xff.gguf"}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_a_files_name_cannot_drive_the_terminal(name: bytes, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """And the command that is shown for it is one for this file, wherever it is pasted."""
+    path = tmp_path / os.fsdecode(name)
+    path.symlink_to(tiny("llama"))
+    for argv in (argv_of("plan", path), ["plan", path, "--virtual-gpu", "9MiB"], ["inspect", path]):
+        result = run_cli(*argv)
+        assert result.returncode in (0, 3), result.stderr
+        assert drives_no_terminal(result.stdout + result.stderr)
+    for argv in ([*argv_of("plan", path), "--dry-run"], argv_of("quantize", path)):
+        shown = run_cli(*argv).stdout
+        assert drives_no_terminal(shown)
+        said = subprocess.run(["bash", "-c", f"show() {{ printf '%s\\n' \"$@\"; }}; show {shown}"], capture_output=True)
+        assert os.fsencode(path) in said.stdout
+
+
+def test_a_servers_log_cannot_drive_the_terminal(variant: Variant) -> None:
+    path = variant(general__name=Value(STRING, ESCAPES))
+    arguments = ("serve", path, "--virtual-gpu", "4GiB", "--port", str(free_port()), "--", "-lv", "5")
+    with start_cli(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as serving:
+        log = ""
+        for line in serving.stderr or []:
+            log += line
+            if "general.name" in line:
+                break
+        serving.terminate()
+        log += serving.communicate(timeout=30)[1]
+    assert "general.name" in log
+    assert drives_no_terminal(log)
+
+
+def test_an_answer_cannot_drive_the_terminal() -> None:
+    leader, follower = pty.openpty()
+    code = "from pyllamarun.output import write; write('a\\x1b[2J\\x9b31m\\r\\tb\\u200dc')"
+    subprocess.run([sys.executable, "-c", code], stdout=follower, check=True)
+    os.close(follower)
+    shown = os.read(leader, 1000).decode()
+    os.close(leader)
+    assert shown == "a\ufffd[2J\ufffd31m\ufffd\tb\u200dc"
 
 
 @pytest.mark.parametrize(
