@@ -24,7 +24,7 @@ from pyllamarun.machine.gpu import GpuSurvey
 from pyllamarun.machine.host import Memory, memory_of, read_memory
 from pyllamarun.machine.machine import HERE, Machine
 from pyllamarun.machine.rates import HostRates
-from pyllamarun.models.gguf import Header
+from pyllamarun.models.gguf import Header, read_header
 from pyllamarun.models.model import Model
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.output import printable
@@ -41,6 +41,8 @@ from pyllamarun.run.stage import CARDS, REAL, Stage, list_rpc_devices, open_prob
 
 # Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.
 NEEDS_VOCABULARY = ("-bs", "--backend-sampling")
+# Files beside the model that llama.cpp is to read too: a draft model, a multimodal projector.
+COMPANIONS = (("-md", "--model-draft", "--spec-draft-model"), ("-mm", "--mmproj"))
 UNKNOWN_ARCHITECTURE = "unknown model architecture"  # llama_model_create
 NEIGHBOUR_SECONDS = 2.0  # for the driver to say who holds memory; a plan does without
 
@@ -79,6 +81,7 @@ class Planner:
         self._rpc_devices: dict[str, tuple[Device, ...]] = {}
         self._rpc_probe: tuple[Sequence[str | None], Probe] | None = None
         self._skeletons: list[tuple[Header, Path]] = []
+        self._sound: set[str] = set()
 
     def __enter__(self) -> Planner:
         with self._stack:
@@ -147,16 +150,26 @@ class Planner:
     def plan(self, model: Model, request: Request, memory: Memory | None = None) -> Plan:
         """`memory`, where plans are to be compared, is what was read for all of them.
 
-        Raises DoesNotFit, UsageError, Refused or BinaryError.
+        Raises DoesNotFit, UsageError, ModelError, Refused or BinaryError.
         """
+        self._check_companions(request.arguments)
         memory, ask = memory or self.memory(request.ram), self._ask(model.header)
         devices, hardware = self.devices_of(request.rpc), self.hardware
         return make_plan(model.header, request, devices, memory, ask, hardware, lambda: self._survey)
 
     def confirm(self, model: Model, plan: Plan) -> None:
         """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in planning/saved.py."""
+        self._check_companions(plan.argv)
         devices = self.devices_of(fixed_value(plan.argv, *RPC) or "")  # as they are without a probe on them
         confirm(plan, self._ask(model.header)(plan.argv[1:]), devices)
+
+    def _check_companions(self, arguments: Sequence[str]) -> None:
+        """They are files from strangers, too: what our reader refuses, llama.cpp is not asked about."""
+        for names in COMPANIONS:
+            path = fixed_value(arguments, *names)
+            if path is not None and path not in self._sound:
+                read_header(Path(path))
+                self._sound.add(path)
 
     @functools.cached_property
     def _survey(self) -> GpuSurvey:

@@ -37,7 +37,7 @@ def assert_refused(argv: list[str], exit_code: int) -> None:
     assert (result.returncode, result.stdout) == (exit_code, ""), result.stderr
     assert drives_no_terminal(result.stderr)
     assert "Traceback" not in result.stderr
-    result = run_cli(*argv, "--json", timeout=60)
+    result = run_cli(argv[0], "--json", *argv[1:], timeout=60)
     assert drives_no_terminal(result.stdout)
     assert json.loads(result.stdout)["error"]["exit_code"] == result.returncode == exit_code
 
@@ -61,6 +61,17 @@ def test_every_fault_is_told(fault: str, command: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["fifo", "device"])
 def test_what_is_no_file_is_told(kind: str, command: str, tmp_path: Path) -> None:
     assert_refused(argv_of(command, no_file(kind, tmp_path)), 2)
+
+
+@pytest.mark.parametrize("option", ["-md", "--mmproj"])
+def test_a_draft_or_a_projector_is_no_less_a_file_from_strangers(
+    option: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "draft.gguf"
+    path.write_bytes(FAULTS["an array of 2^60 strings"][0])
+    with_model = ["plan", str(tiny("llama")), "--virtual-gpu", "4GiB", "--", option]
+    assert_refused([*with_model, str(path)], 4)
+    assert_refused([*with_model, str(no_file("fifo", tmp_path))], 2)
 
 
 @pytest.fixture
