@@ -21,6 +21,7 @@ from pyllamarun.run.server import free_port
 
 COMMANDS = {
     "plan": ("plan", "{}", "--virtual-gpu", "4GiB"),
+    "inspect": ("inspect", "{}"),
     "quantize": ("quantize", "{}", "Q2_K", "--dry-run"),
 }
 SAMPLE = ["empty", "2^64-1 keys", "the name as an array", "overlapping tensors", "escapes in a tensor's name"]
@@ -152,12 +153,15 @@ def test_what_llama_cpp_says_of_a_name_cannot_either(changes: dict[str, Any], ex
 
 
 def test_a_chat_template_is_never_rendered(variant: Variant) -> None:
-    template = "{% for i in range(10**12) %}{{ ''.__class__.__mro__[1].__subclasses__() }}{% endfor %}"
+    template = (
+        "{{ 6 * 7 * 1001 }}{% for i in range(10**12) %}{{ ''.__class__.__mro__[1].__subclasses__() }}{% endfor %}"
+    )
     path = variant(tokenizer__chat_template=Value(STRING, template))
     for command in COMMANDS:
         result = run_cli(*argv_of(command, path), timeout=30)
         assert result.returncode == 0, result.stderr
-        assert "__class__" not in result.stdout + result.stderr
+        assert "42042" not in result.stdout + result.stderr
+        assert ("{{ 6 * 7" in result.stdout) == (command == "inspect"), "as it stands, and only there"
 
 
 def test_a_vocabulary_that_is_only_claimed_is_not_allocated(variant: Variant) -> None:
