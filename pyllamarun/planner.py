@@ -30,7 +30,7 @@ from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.output import printable
 from pyllamarun.planning.hardware import Hardware, hardware_of
 from pyllamarun.planning.plan import Plan, make_plan
-from pyllamarun.planning.probe import Answer, Device, Probe, Refused
+from pyllamarun.planning.probe import Answer, Crashed, Device, Probe, Refused
 from pyllamarun.planning.request import RPC, Budget, Request, fixed_value, has_option, make_request
 from pyllamarun.planning.saved import confirm
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
@@ -189,7 +189,7 @@ class Planner:
         return self._probe or self._start_probe()
 
     def _ask(self, header: Header) -> _Questions:
-        return _Questions(self._probe_for, header, self.skeleton(header), self.rehearsals(header))
+        return _Questions(self._probe_for, self.free_gpus, header, self.skeleton(header), self.rehearsals(header))
 
     def _probe_for(self, arguments: Sequence[str]) -> Probe:
         """The probe that can answer: with RPC servers it is another, and a new one wherever more than places changes.
@@ -226,13 +226,26 @@ class _Questions:
     """Asks the probe about a model by its skeleton, and takes into account what rehearsals of it have shown."""
 
     def __init__(
-        self, probe_for: Callable[[Sequence[str]], Probe], header: Header, skeleton: Path, rehearsals: Rehearsals
+        self,
+        probe_for: Callable[[Sequence[str]], Probe],
+        forget_probe: Callable[[], None],
+        header: Header,
+        skeleton: Path,
+        rehearsals: Rehearsals,
     ) -> None:
-        self._probe_for, self._rehearsals = probe_for, rehearsals
+        self._probe_for, self._forget_probe, self._rehearsals = probe_for, forget_probe, rehearsals
         self._model, self._architecture, self._skeleton = str(header.path), header.architecture, str(skeleton)
 
     def __call__(self, arguments: Sequence[str]) -> Answer:
-        return self._rehearsals.applied(arguments, self._answer(arguments))
+        try:
+            return self._rehearsals.applied(arguments, self._answer(arguments))
+        except Crashed as error:
+            self._forget_probe()  # the next question gets a new one
+            raise ModelError(
+                f"{self._model}: llama.cpp crashes on this model, or on it with these arguments.",
+                why=error.why,
+                remedy="What the file says of itself may not go together: take another one of this model.",
+            ) from None
 
     def _answer(self, arguments: Sequence[str]) -> Answer:
         if any(argument in NEEDS_VOCABULARY for argument in arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import selectors
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import IO, Any
 
 from pyllamarun.errors import BinaryError, UsageError
 
+ABORTED = "llama.cpp aborted"  # answer_abort() in native/probe/main.cpp
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
 WAIT = "PYLLAMARUN_DRIVER_SECONDS"  # how long, in the environment
 DEVICES_SECONDS = 60.0  # a driver may take some for its first answer, as on a machine with many cards
 
@@ -19,6 +22,14 @@ class Refused(UsageError):
     """llama-server would refuse these arguments, or this model with them."""
 
     code = "refused"
+
+
+class Crashed(BinaryError):
+    """llama.cpp was ended by a signal of its own making as it was asked about a model; the probe is gone."""
+
+    def __init__(self, signal_number: int, why: str = "") -> None:
+        name = signal.Signals(signal_number).name
+        super().__init__("llama.cpp crashed.", why=why or f"It was ended by {name}.", remedy="Run `pyllamarun doctor`.")
 
 
 @dataclass(frozen=True)
@@ -128,13 +139,16 @@ class Probe:
         self.questions = 0
 
     def ask(self, arguments: Sequence[str]) -> Answer:
-        """Raises Refused with llama.cpp's reason, or BinaryError when the probe died."""
+        """Raises Refused with llama.cpp's reason, Crashed, or BinaryError when the probe ended otherwise."""
         self.questions += 1
         line = self._answer_to(list(arguments))
         try:
             data = json.loads(line)
         except ValueError:
             raise Refused("llama-server would print this and end.", why=line.strip()) from None
+        if str(data.get("error", "")).startswith(ABORTED):  # its last words
+            self._process.wait()
+            raise Crashed(signal.SIGABRT, data["error"])
         return _answer(data)
 
     def devices(self) -> tuple[Device, ...]:
@@ -165,9 +179,12 @@ class Probe:
         except BrokenPipeError:
             line = ""
         if not line:
+            status = self._process.wait()
+            if -status in CRASHES:
+                raise Crashed(-status)
             raise BinaryError(
                 "The memory probe ended without an answer.",
-                why=f"Exit status {self._process.wait()}, asked about: {question}",
+                why=f"Exit status {status}, asked about: {question}",
                 remedy="Run `pyllamarun doctor`.",
             )
         return line

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 from harness import run_cli, start_cli
 from hostile import ESCAPES, FAULTS, drives_no_terminal, no_file
 
+from pyllamarun import Machine, Model, Planner
+from pyllamarun.errors import ModelError, UsageError
 from pyllamarun.models.gguf import STRING, UINT32, Value, read_header
 from pyllamarun.models.skeleton import MAX_VOCABULARY, write_sparse
+from pyllamarun.planning.request import make_request
 from pyllamarun.run.server import free_port
 
 COMMANDS = {
@@ -162,6 +166,38 @@ def test_a_chat_template_is_never_rendered(variant: Variant) -> None:
         assert result.returncode == 0, result.stderr
         assert "42042" not in result.stdout + result.stderr
         assert ("{{ 6 * 7" in result.stdout) == (command == "inspect"), "as it stands, and only there"
+
+
+CONTRADICTIONS = {
+    "no expert is used": ("mixtral", "llama.expert_used_count", 0),
+    "more experts are used than there are": ("deepseek2", "deepseek2.expert_used_count", 2**31),
+    "one expert, and matrices of eight": ("mixtral", "llama.expert_count", 1),
+    "a head of two values": ("jamba", "jamba.attention.key_length", 2),
+    "a window of no tokens": ("gemma3", "gemma3.attention.sliding_window", 0),
+}
+
+
+@pytest.mark.parametrize(("architecture", "key", "number"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_what_makes_llama_cpp_crash_is_the_models_fault(
+    architecture: str, key: str, number: int, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """And the next model is planned all the same."""
+    sound = read_header(tiny(architecture))
+    metadata = {**sound.metadata, key: Value(UINT32, number)}
+    path = write_sparse(tmp_path / "m.gguf", metadata, [(one.name, one.type, one.shape) for one in sound.tensors])
+    with Planner(Machine.of(gpus="1GiB", ram="8GiB")) as planner:
+        for _ in range(2):
+            with suppress(ModelError, UsageError):
+                planner.plan(Model.open(path), make_request(context=1024))
+            assert planner.plan(Model.open(tiny("llama")), make_request(context=1024)).gpu_layers > 0
+
+
+def test_a_crash_is_told(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    sound = read_header(tiny("mixtral"))
+    metadata = {**sound.metadata, "llama.expert_used_count": Value(UINT32, 0)}
+    path = write_sparse(tmp_path / "m.gguf", metadata, [(one.name, one.type, one.shape) for one in sound.tensors])
+    assert_refused(argv_of("plan", path), 4)
+    assert "llama.cpp crashes on this model" in run_cli(*argv_of("plan", path)).stderr
 
 
 def test_a_vocabulary_that_is_only_claimed_is_not_allocated(variant: Variant) -> None:
