@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import PurePosixPath
 
+from pyllamarun import shell
 from pyllamarun.errors import DoesNotFit, DownloadError, ModelError, PyllamarunError, UsageError
 from pyllamarun.machine.cards import Card, all_cards
 from pyllamarun.machine.machine import Machine
@@ -198,7 +198,7 @@ def quantizations(model: Model, request: Request, found: Requantizations) -> lis
             request,
             one.type,
             str(one.header.path),
-            command=first + shlex.join(["pyllamarun", "quantize", source.name, one.type]),
+            command=first + shell.join(["pyllamarun", "quantize", source.name, one.type]),
         )
         for one in found.offered
     ]

@@ -11,6 +11,9 @@ from pyllamarun.machine.cards import Card
 from pyllamarun.units import MIB, format_size, parse_size
 
 DEFAULT_CONTEXT_TOKENS = 4096  # upstream's own smallest for --fit
+# Longer than any model was trained for: 10,485,760 tokens is the most yet.  For each token of a context llama.cpp holds
+# some fifty bytes besides the KV cache, and the probe fills it to see what that takes.
+MAX_CONTEXT_TOKENS = 1 << 24
 DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS = 2048, 512  # llama.cpp's own -b and -ub
 # What a process holds on a CUDA card besides llama.cpp's buffers, as long as nobody has measured it on this machine:
 # the context with its module code (200 to 300 MiB on GeForce cards), and a scratch pool (4 to 64 MiB).
@@ -104,6 +107,11 @@ def make_request(
 ) -> Request:
     """From what a person would write: vram="11.5GiB" or "11GiB,7GiB", ram="max-4GiB", arguments=["-ctk", "q8_0"],
     allow="kv,ub,quant".  With the goal "throughput" and no number of slots, the planner chooses that too."""
+    if not 0 < context <= MAX_CONTEXT_TOKENS:
+        raise UsageError(
+            f"A context of {context:,} tokens is not planned: it is not between 1 and {MAX_CONTEXT_TOKENS:,}.",
+            remedy="Give a smaller -c; `pyllamarun inspect` says how long a context a model was trained with.",
+        )
     return Request(
         context_tokens=context,
         slots=slots or 1,
