@@ -189,9 +189,26 @@ void add_steps(json & answer, const GraphSteps & graph, const char * part) {
     answer["graphs"].push_back({{"part", part}, {"splits", graph.splits}, {"devices", devices}});
 }
 
+// Whether llama-server keeps copies of what a slot's memory cannot roll back (server_context_impl: do_checkpoint): of
+// sliding windows, and where tokens cannot be taken off the end (common_context_can_seq_rm).
+bool makes_checkpoints(const common_params & params, llama_context * context) {
+    llama_memory_t memory = llama_get_memory(context);
+    if (params.n_ctx_checkpoints <= 0 || params.embedding || !memory) {
+        return false;
+    }
+    if ((!params.swa_full && llama_model_n_swa(llama_get_model(context)) > 0) || llama_n_rs_seq(context) > 0) {
+        return true;
+    }
+    const llama_model * model = llama_get_model(context);
+    return llama_model_is_recurrent(model) || llama_model_is_hybrid(model);
+}
+
 void add_context(json & answer, const Contexts & contexts, NextnRows rows, const char * part, bool mapped,
                  bool with_weights) {
-    const auto [compute, scratch, generation] = measure_compute_memory(contexts.pointers(), rows);
+    const bool checkpoints = answer["checkpoints"] > 0;
+    const auto [compute, scratch, generation, rollback_bytes] =
+        measure_compute_memory(contexts.pointers(), rows, checkpoints);
+    answer["checkpoint_bytes"] = answer.value("checkpoint_bytes", size_t(0)) + rollback_bytes;
     json & buffers = answer["buffers"];
     add_scratch(answer, scratch, part);
     add_steps(answer, generation, part);
@@ -367,6 +384,7 @@ json measure_memory(const std::vector<std::string> & server_arguments) {
     answer["buffers"] = json::array();
     answer["scratch"] = json::array();
     answer["graphs"] = json::array();
+    answer["checkpoints"] = makes_checkpoints(params, context) ? params.n_ctx_checkpoints : 0;
     add_context(answer, contexts, predicts_many(params) ? NextnRows::kAll : NextnRows::kNone, "model", mapped, true);
     add_draft(answer, params, model.get(), context, mapped);
     add_mmproj(answer["buffers"], params);

@@ -24,5 +24,8 @@
 // graphs: [{"part": "model", "splits": 5, "devices": [{"device": "CUDA0", "products": …, "others": …}, …]}, …], the
 // steps that one generated token takes (graph_steps.h).
 //
+// checkpoints, checkpoint_bytes: how many copies of sliding windows and recurrent states llama-server keeps at most for
+// each slot, in plain memory, and what one takes at most; 0 where it makes none.
+//
 // Throws std::runtime_error with llama.cpp's own reason where llama-server would refuse.  `-fit` is taken as off.
 nlohmann::ordered_json measure_memory(const std::vector<std::string> & server_arguments);
