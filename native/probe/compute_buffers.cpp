@@ -259,10 +259,17 @@ void measure_drops(const std::vector<uint32_t> & tokens, const Take & take) {
     }
 }
 
-// Every `stride`-th graph, from number `first` on.
-Share measure_share(llama_context & context, NextnRows rows, bool with_rollback, size_t first, size_t stride) {
+// The graphs that fall to one of `shares` contexts: each to the one that has fewest so far.
+Share measure_share(llama_context & context, NextnRows rows, bool with_rollback, size_t mine, size_t shares) {
     Share share;
     size_t number = 0;
+    std::vector<size_t> loads(shares, 0);
+    const auto is_mine = [&](size_t graphs) {
+        const auto least = std::min_element(loads.begin(), loads.end());
+        *least += graphs;
+        number++;
+        return size_t(least - loads.begin()) == mine;
+    };
     // A window is full when so many tokens are there, and what else is kept grows to the end.
     const uint32_t window = context.get_model().hparams.n_swa;
     const auto measure_rollback = [&](uint32_t filled) {
@@ -272,22 +279,21 @@ Share measure_share(llama_context & context, NextnRows rows, bool with_rollback,
         }
     };
     const auto measure = [&](const Shape & shape, uint32_t prompt, const llama_memory_context_i * memory) {
-        if (number++ % stride == first) {
+        if (is_mine(1)) {
             share.measurements.push_back({number, prompt, graph_sizes(context, shape, memory, share)});
         }
     };
-    // All sizes of a ubatch are one number: where fewer tokens take more, the most is looked for between them.
+    // Where fewer tokens take more than many, the most is looked for between them, in one context.
     const auto measure_sizes = [&](const std::vector<uint32_t> & sizes, uint32_t filled,
                                    const llama_memory_context_i * memory) {
-        if (number++ % stride != first) {
+        if (!is_mine(sizes.size())) {
             return;
         }
-        const auto take = [&](uint32_t tokens) {
+        measure_drops(sizes, [&](uint32_t tokens) {
             const Shape shape{tokens, 1, context.get_cparams().embeddings ? tokens : 1};
             share.measurements.push_back({number, filled + tokens, graph_sizes(context, shape, memory, share)});
             return share.measurements.back().sizes;
-        };
-        measure_drops(sizes, take);
+        });
     };
     llama_memory_context_ptr full;
     if (context.get_memory()) {
@@ -326,8 +332,8 @@ ComputeMemory combined(llama_context & context, const std::vector<Share> & share
         }
         result.rollback_bytes = std::max(result.rollback_bytes, share.rollback_bytes);
     }
-    std::sort(measurements.begin(), measurements.end(),
-              [](const Measurement * a, const Measurement * b) { return a->number < b->number; });
+    std::stable_sort(measurements.begin(), measurements.end(),
+                     [](const Measurement * a, const Measurement * b) { return a->number < b->number; });
     ggml_backend_sched_t sched = context.get_sched();
     for (const Measurement * one : measurements) {
         for (size_t i = 0; i < one->sizes.size(); i++) {
