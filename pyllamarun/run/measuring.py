@@ -86,6 +86,7 @@ class Measurement:
         text.write_bytes(self._parts[number])
         check = self._checking(number, reference.header)
         measured = read_reference(self._start, reference.argv, text, logits, left, check)
+        self._know(number, measured.chunks)
         self._shelf.keep_reference_part(number, measured)
         self._has_measured(measured.chunks)
         return measured
