@@ -81,11 +81,13 @@ class PlanOptions:
     ) -> list[str]:
         """What to type for a command with these options, some of them replaced: ("-c", "8192"), or with "" taken away.
 
-        `arguments` go to llama.cpp, beside those that were given.
+        `arguments` go to llama.cpp, beside those that were given.  This very model was planned, so no other type of it
+        is allowed.
         """
+        allowed = ",".join(word for word in (self.allow or "").split(",") if word.strip() != "quant")
         said: dict[str, Any] = {
             "--vram": self.vram, "--ram": self.ram, "-c": self.context, "--slots": self.slots,
-            "--overhead": self.overhead, "--allow": self.allow, "--goal": self.goal, "--rpc": self.rpc,
+            "--overhead": self.overhead, "--allow": allowed, "--goal": self.goal, "--rpc": self.rpc,
             "--machine": self.machine.file, "--gpu": self.machine.gpu,
             "--virtual-gpu": self.machine.virtual_gpu, "--ram-bandwidth": self.machine.ram_bandwidth,
             "--cores": self.machine.cores,
@@ -166,7 +168,8 @@ def planning(function: Function) -> Function:
     @click.option(
         "--allow", metavar="WHAT[,WHAT]", default=None,
         help="What may be changed where that gains clearly: kv (a KV cache in q8_0 or q4_0), ub (other ubatches), ctx "
-        "(half of the context, as often as need be).",
+        "(half of the context, as often as need be); quant (a smaller type of the model, where it is slow or does not "
+        "fit with all that: `plan` says which, and how to make it).",
     )  # fmt: skip
     @click.option(
         "--rpc", metavar="HOST:PORT[,HOST:PORT]", default=None,
