@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ from pyllamarun.units import format_seconds, format_size
 
 SCHEMA = 1
 LOG_INTERVAL_SECONDS = 10.0  # between lines about progress, where there is no terminal
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs and line breaks
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def envelope(kind: str, data: Any) -> dict[str, Any]:
     """The one shape of everything that --json prints."""
     return {"pyllamarun": __version__, "kind": kind, "schema": SCHEMA, "ok": True, "data": data, "error": None}
@@ -59,18 +66,18 @@ def print_json(data: Any) -> None:
 
 
 def print_text(text: str = "") -> None:
-    print(text, flush=True)
+    print(printable_lines(text), flush=True)
 
 
 def write(text: str) -> None:
-    """A piece of a result that is printed as it comes."""
-    sys.stdout.write(text)
+    """A piece of a result that is printed as it comes: a model's words, which must not drive a terminal either."""
+    sys.stdout.write(_CONTROLS.sub("\ufffd", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """A message beside the result."""
-    print(text, file=sys.stderr, flush=True)
+    """A message beside the result, or what a program says of it."""
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def print_error(error: PyllamarunError) -> None:

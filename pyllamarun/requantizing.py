@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyllamarun import __version__, paths
+from pyllamarun import __version__, paths, shell
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.host import read_cpu
 from pyllamarun.models.download import sha256_of
@@ -323,7 +322,7 @@ def _as_it_is(model: Model, request: Request) -> Variant:
 
 
 def _variant(model: Model, made: Requantized, request: Request) -> Variant:
-    command = shlex.join(["pyllamarun", "quantize", model.source.name, made.type])
+    command = shell.join(["pyllamarun", "quantize", model.source.name, made.type])
     return Variant(made.type, made.header, request, made.type, str(made.header.path), command=command)
 
 

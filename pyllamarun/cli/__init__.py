@@ -16,7 +16,7 @@ from pyllamarun import __version__
 from pyllamarun.errors import PyllamarunError
 
 COMMANDS = (
-    "doctor", "list", "inspect", "plan", "rehearse", "pull", "verify", "rm", "quantize", "run", "serve",
+    "doctor", "list", "inspect", "plan", "rehearse", "pull", "verify", "rm", "quantize", "compare", "run", "serve",
 )  # fmt: skip
 INTERRUPTED, TERMINATED = 130, 143
 

@@ -74,8 +74,7 @@ def command(machine: MachineOptions, with_plans: bool, as_json: bool) -> None:
 
 def _begun(one: Begun) -> dict[str, Any]:
     """A pull that has not ended; one that goes on just now, too."""
-    import shlex
-
+    from pyllamarun import shell
     from pyllamarun.models.pulling import present_bytes
 
     return {
@@ -84,7 +83,7 @@ def _begun(one: Begun) -> dict[str, Any]:
         "size_bytes": one.size_bytes,
         "present_bytes": present_bytes(one.targets),
         "since": one.since,
-        "command": shlex.join(["pyllamarun", "pull", one.source]),
+        "command": shell.join(["pyllamarun", "pull", one.source]),
     }
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pyllamarun import output
+from pyllamarun import output, shell
 from pyllamarun.cli import Terminated
 from pyllamarun.cli.options import PlanOptions
 from pyllamarun.cli.planning import wanted_machine, wanted_request
@@ -122,7 +121,7 @@ def _recommended(options: PlanOptions) -> Source:
         raise DoesNotFit(
             f"No model of {options.model} fits in {options.vram}.",
             why=comparison.rows[0].reason,
-            remedy=f"Compare them: {shlex.join(options.words('plan', options.model))}",
+            remedy=f"Compare them: {shell.join(options.words('plan', options.model))}",
         )
     output.note(f"{row.label} of {len(models)}: {comparison.reason}.")
     return next(source for source in models if source.name == row.source)
@@ -142,7 +141,7 @@ def _here(name: str, path: Path, index: Index, wishes: Wishes, projector: Source
             raise DownloadError(
                 f"{path} is here already, and is not the file that you want.",
                 why=f"Its sha256 is {' '.join(sha256)}.",
-                remedy=f"Remove it first: {shlex.join(['pyllamarun', 'rm', str(path)])}",
+                remedy=f"Remove it first: {shell.join(['pyllamarun', 'rm', str(path)])}",
             )
     size_bytes = header.file_bytes
     beside = projector.path if projector else None
@@ -227,7 +226,7 @@ def _ask(job: Job, fits: Fit) -> None:
             f"{job.name} was not pulled.",
             why="" if answer is False else f"{_fit_words(fits)}.",
             remedy="To pull it nevertheless: --yes.  To see what would help: "
-            + shlex.join(["pyllamarun", "plan", job.name]),
+            + shell.join(["pyllamarun", "plan", job.name]),
         )
 
 
@@ -243,7 +242,7 @@ def _fetched(wishes: Wishes, index: Index, job: Job, size_bytes: int, came: int,
     except (KeyboardInterrupt, Terminated):
         present = pulling.present_bytes([part.target for part in job.parts])
         share = f"{format_size(present)} of {format_size(size_bytes)}"
-        output.note(f"Interrupted: {share} are here and stay.  To go on: {shlex.join(_again(job, wishes))}")
+        output.note(f"Interrupted: {share} are here and stay.  To go on: {shell.join(_again(job, wishes))}")
         raise
     return _got(job, pulled, fits, time.monotonic() - start)
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyllamarun import shell
 from pyllamarun.errors import UsageError
 from pyllamarun.models import stores
 from pyllamarun.models.gguf import Header, read_header
@@ -58,7 +58,7 @@ class Source:
 
     @property
     def pull_command(self) -> str:
-        return shlex.join(["pyllamarun", "pull", self.name])
+        return shell.join(["pyllamarun", "pull", self.name])
 
 
 def stored_model(text: str) -> stores.Stored:

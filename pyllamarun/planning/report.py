@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pyllamarun.output import PLAIN_SCREEN, Screen, table
 from pyllamarun.planning.bars import bars
 from pyllamarun.planning.plan import Advice, DevicePlan, Plan
-from pyllamarun.planning.residency import RESIDENT, Residency
+from pyllamarun.planning.residency import RESIDENT, Residency, explain_growth
 from pyllamarun.planning.speed_report import describe_speed, explain_speed, span
 from pyllamarun.units import format_size
 
@@ -17,10 +17,10 @@ def describe(
 ) -> str:
     """Several lines: the model, what it is planned on, where it goes, what that takes, the command that does it.
 
-    `explain` adds what the predicted speed is made of.
+    `explain` adds what the predicted speed is made of, and what else RAM may be taken for.
     """
     lines = [
-        f"{plan.model_name}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
+        f"{plan.model_name}{_type(plan)}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
         f"{_layers(plan)}, {plan.context_tokens:,} tokens of context in {plan.slots} slot{'s' * (plan.slots != 1)}",
         *_by_gpu(plan),
         *_left_behind(plan),
@@ -29,7 +29,12 @@ def describe(
     ]
     if plan.devices:
         lines += [_device_table(plan), ""]
-    lines += [_host_table(plan), *_residency(plan.residency), ""]
+    lines += [
+        _host_table(plan),
+        *_residency(plan.residency),
+        *([explain_growth(plan.residency)] if explain else []),
+        "",
+    ]
     drawn = bars(plan, screen)
     lines += [*drawn, ""] if drawn else []
     lines += [*describe_speed(plan.speed, plan.slots, not stage), *([explain_speed(plan.speed)] if explain else []), ""]
@@ -37,6 +42,10 @@ def describe(
     lines += [f"warning: {warning}" for warning in plan.warnings] + [""] * bool(plan.warnings)
     lines.append(command_line)
     return "\n".join(lines)
+
+
+def _type(plan: Plan) -> str:
+    return f" in {plan.requantization.type}" if plan.requantization else ""
 
 
 def _layers(plan: Plan) -> str:

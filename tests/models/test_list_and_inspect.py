@@ -198,6 +198,8 @@ def test_list_shows_the_models_of_all_stores_and_what_is_wrong_with_some(tiny: C
     (studio / "cut.gguf").write_bytes(model.read_bytes()[:-1])
     (studio / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     (studio / "gone.gguf").symlink_to("/nonexistent/gone.gguf")
+    (studio / "zero.gguf").symlink_to("/dev/zero")
+    os.mkfifo(studio / "pipe.gguf")
     result = run_cli("list", "--json")
     assert result.returncode == 0, result.stdout
     envelope = json.loads(result.stdout)
@@ -208,7 +210,9 @@ def test_list_shows_the_models_of_all_stores_and_what_is_wrong_with_some(tiny: C
         "some/Repo/m.gguf": "huggingface",
         "pub/repo/cut.gguf": "lmstudio",
         "pub/repo/gone.gguf": "lmstudio",
+        "pub/repo/pipe.gguf": "lmstudio",
         "pub/repo/pointer.gguf": "lmstudio",
+        "pub/repo/zero.gguf": "lmstudio",
         "tiny:latest": "ollama",
     }
     sound = models["tiny:latest"]
@@ -219,7 +223,9 @@ def test_list_shows_the_models_of_all_stores_and_what_is_wrong_with_some(tiny: C
     assert "Git-LFS pointer" in models["pub/repo/pointer.gguf"]["problem"]
     assert "no file" in models["pub/repo/gone.gguf"]["problem"]
     text = run_cli("list").stdout
-    assert text.count("damaged") == 3
+    assert "not a regular file" in models["pub/repo/pipe.gguf"]["problem"]
+    assert "not a regular file" in models["pub/repo/zero.gguf"]["problem"]
+    assert text.count("damaged") == 5
     assert "tiny:latest" in text
     for name in models:
         problem = models[name]["problem"]
