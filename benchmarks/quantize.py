@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What pyllamarun adds to the time that llama-quantize takes; run it with the Python of an installation.
 
-    python benchmarks/quantize.py [PAIRS]
+    python benchmarks/quantize.py [PAIRS [TYPE ...]]
 
-A model of more than 300 MB in Q4_K_M, with the widths of Llama 3 8B, two layers and random weights, is requantized by
+A model of some 900 MB in Q4_K_M, with the widths of Llama 3 8B, six layers and random weights, is requantized by
 `pyllamarun quantize`, with all that it does before and after, and by bare llama-quantize with the same threads: in
 pairs, in turn, each into a new file that is removed afterwards.  Before each run the disk is told to finish writing.
 """
@@ -29,6 +29,7 @@ from pyllamarun.run.command import environment
 from pyllamarun.units import format_size
 
 TYPES = ("Q3_K_M", "Q2_K")
+LAYERS = 6
 
 
 def seconds(argv: list[str], target: Path) -> float:
@@ -47,8 +48,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         model, target = Path(name) / "model-Q4_K_M.gguf", Path(name) / "made.gguf"
-        shapes.fill(shapes.write(shapes.llama_8b(), model))
-        for type_name in TYPES:
+        shapes.fill(shapes.write(shapes.llama_8b(LAYERS), model))
+        for type_name in sys.argv[2:] or TYPES:
             ours = [program, "quantize", str(model), type_name, "-o", str(target)]
             bare = [quantizer, "--allow-requantize", str(model), str(target), type_name, threads]
             taken = []
