@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyllamarun import __version__, paths
+from pyllamarun import __version__, paths, shell
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.host import read_cpu
+from pyllamarun.models.download import sha256_of
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
-from pyllamarun.models.provenance import Provenance, computed_sha256, recorded_sha256
+from pyllamarun.models.provenance import Provenance
 from pyllamarun.models.quality import quality
 from pyllamarun.models.quantize import (
     ALIASES,
@@ -41,6 +41,7 @@ from pyllamarun.models.recipe import PLAIN, Recipe, write_placeholder
 from pyllamarun.models.requantize import LeftOut, Requantized, requantizations, requantized
 from pyllamarun.models.skeleton import fingerprint, write_skeleton
 from pyllamarun.models.sources import Source
+from pyllamarun.models.store import known_sha256, open_index
 from pyllamarun.models.stores import is_folder, is_kept_by_others
 from pyllamarun.models.unfinished import remove_dead
 from pyllamarun.planner import Planner
@@ -176,8 +177,9 @@ def _file_name(source: Source, header: Header) -> str:
 
 
 def digests(header: Header, *, compute: bool, progress: Progress = NO_PROGRESS) -> tuple[str, ...]:
-    """The sha256 of each file of the source, as its store has recorded it or, where that is wanted, computed; or ()."""
-    found = [recorded_sha256(part) or (computed_sha256(part, progress) if compute else "") for part in header.parts]
+    """The sha256 of each file of the source, as it is recorded or, where that is wanted, computed; or ()."""
+    with open_index() as index:
+        found = [known_sha256(part, index) or (sha256_of(part, progress) if compute else "") for part in header.parts]
     return tuple(found) if all(found) else ()
 
 
@@ -205,7 +207,7 @@ def orders(
                 type=one.type,
                 options=tuple(options),
                 imatrix=matrix.name if matrix else "",
-                imatrix_sha256=computed_sha256(matrix) if matrix else "",
+                imatrix_sha256=sha256_of(matrix) if matrix else "",
                 tool=f"pyllamarun {__version__}",
                 llama_cpp=f"{build.tag} {build.commit}",
             ),
@@ -320,7 +322,7 @@ def _as_it_is(model: Model, request: Request) -> Variant:
 
 
 def _variant(model: Model, made: Requantized, request: Request) -> Variant:
-    command = shlex.join(["pyllamarun", "quantize", model.source.name, made.type])
+    command = shell.join(["pyllamarun", "quantize", model.source.name, made.type])
     return Variant(made.type, made.header, request, made.type, str(made.header.path), command=command)
 
 
@@ -348,7 +350,7 @@ def imatrix_target(model: Model, text: Path, wish: Wish) -> Path:
         raise UsageError(f"There is no file {text}.", remedy="Give a text: --imatrix auto TEXT.")
     folder = target_of(model.source, model.header, wish, "").parent
     name = _file_name(model.source, model.header).removesuffix(".gguf")
-    content = hashlib.sha256(f"{fingerprint(model.header)} {computed_sha256(text)}".encode()).hexdigest()
+    content = hashlib.sha256(f"{fingerprint(model.header)} {sha256_of(text)}".encode()).hexdigest()
     return folder / f"imatrix-{name}-{text.stem}-{content[:12]}.gguf"
 
 

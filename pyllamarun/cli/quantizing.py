@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyllamarun import output, requantizing
+from pyllamarun import output, requantizing, shell
 from pyllamarun.cli.options import MachineOptions
 from pyllamarun.cli.planning import wanted_machine
 from pyllamarun.errors import BinaryError, UsageError
@@ -184,7 +183,7 @@ def _print_commands(
         output.print_json(output.envelope("quantize", data | facts))
         return
     for argv in commands:
-        output.print_text(shlex.join(argv))
+        output.print_text(shell.join(argv))
 
 
 def _make(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pyllamarun.models.gguf import Header, Value
 
 PREFIX = "pyllamarun.quantize."
 MAX_VALUE_BYTES = 127  # llama_model_kv_override::val_str in include/llama.h; string_parse_kv_override refuses more
-HASH_CHUNK_BYTES = 1 << 22
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,23 +78,3 @@ def read_provenance(metadata: Mapping[str, Value]) -> dict[str, str]:
 
 def sidecar_text(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, indent=1) + "\n"
-
-
-def recorded_sha256(path: Path) -> str:
-    """A file's digest where its store has named it after that: Hugging Face's cache and Ollama's do; "" elsewhere."""
-    real = Path(os.path.realpath(path))
-    if real.parent.name != "blobs":
-        return ""
-    match = re.fullmatch(r"(?:sha256[:-])?([0-9a-f]{64})", real.name)
-    return match[1] if match else ""
-
-
-def computed_sha256(path: Path, progress: Progress = lambda _done, _total: None) -> str:
-    """Reads the whole file; `progress` is told how many bytes of how many are done."""
-    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            done += len(chunk)
-            progress(done, total)
-    return digest.hexdigest()

@@ -17,9 +17,10 @@ from pyllamarun import paths
 from pyllamarun.errors import UsageError
 from pyllamarun.models.names import is_companion, is_gguf, is_later_part, part_names, quantization
 
-OWN, HUGGING_FACE, LM_STUDIO, OLLAMA = "pyllamarun", "huggingface", "lmstudio", "ollama"
+OWN, HUGGING_FACE, LM_STUDIO, OLLAMA, NONE = "pyllamarun", "huggingface", "lmstudio", "ollama", ""
 MAX_DEPTH = 8
 MAX_MANIFEST_BYTES = 1 << 20
+NAMES = {OWN: "pyllamarun", HUGGING_FACE: "Hugging Face's cache", LM_STUDIO: "LM Studio", OLLAMA: "Ollama"}
 OLLAMA_REGISTRY, OLLAMA_NAMESPACE, OLLAMA_TAG = "registry.ollama.ai", "library", "latest"
 OLLAMA_MODEL = "application/vnd.ollama.image.model"
 
@@ -84,6 +85,11 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+def whole(path: Path) -> Path:
+    """The whole path, without following links."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def is_folder(path: Path) -> bool:

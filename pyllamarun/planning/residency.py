@@ -19,7 +19,7 @@ from pyllamarun.errors import DoesNotFit
 from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.planning.placement import Placement
-from pyllamarun.planning.request import Budget, Request, fixed_value, has_option
+from pyllamarun.planning.request import SERVER, Budget, Request, fixed_value, has_option
 from pyllamarun.planning.token_cost import CPU
 from pyllamarun.units import MIB, format_size
 
@@ -176,6 +176,8 @@ def host_needs(
         file_bytes=header.file_bytes,
         prompt_cache_bytes=_prompt_cache_bytes(request),
     )
+    if request.program != SERVER:  # which alone keeps earlier prompts
+        return replace(needs, prompt_cache_bytes=0), ()
     mib = None if has_option(request.passthrough, *CACHE_RAM) else prompt_cache_mib(needs, ram)
     if mib is None:
         return needs, ()

@@ -17,6 +17,7 @@ from misbehaving import RemoteContent, Server
 from remote_models import REPOSITORY, publish
 
 from pyllamarun.models import provenance, stores, unfinished
+from pyllamarun.models.download import sha256_of
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.quantize import default_target
 from pyllamarun.run.binaries import Binaries
@@ -323,7 +324,7 @@ def test_a_file_says_where_it_comes_from(model: Path, binaries: Binaries, tmp_pa
     run_cli("quantize", model, "Q5_K_M", "--hash-source", "--output-tensor-type", "q6_K", "--no-plan")
     first = said(tmp_path / "tiny-Q5_K_M.gguf")
     assert first["source"] == "tiny-Q4_0.gguf"
-    assert first["source_sha256"] == provenance.computed_sha256(model)
+    assert first["source_sha256"] == sha256_of(model)
     assert (first["source_type"], first["type"]) == ("Q4_0", "Q5_K_M")
     assert first["options"] == "--output-tensor-type q6_K"
     assert binaries.build.commit in first["llama_cpp"]
@@ -345,7 +346,7 @@ def test_what_the_file_cannot_hold_stands_beside_it(model: Path, tmp_path: Path)
 
 def test_a_model_in_hugging_faces_cache_is_not_written_beside(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "home/hf_home/hub/models--someone--Tiny-GGUF"
-    digest = provenance.computed_sha256(tiny("llama"))
+    digest = sha256_of(tiny("llama"))
     for part in ("blobs", "snapshots/" + "c" * 40):
         (folder / part).mkdir(parents=True)
     shutil.copy(tiny("llama"), folder / "blobs" / digest)
@@ -363,7 +364,7 @@ def test_a_model_in_hugging_faces_cache_is_not_written_beside(tiny: Callable[[st
 
 
 def test_a_model_of_ollamas_is_called_by_its_name(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    folder, digest = tmp_path / "home/ollama_models", provenance.computed_sha256(tiny("llama"))
+    folder, digest = tmp_path / "home/ollama_models", sha256_of(tiny("llama"))
     manifest = folder / "manifests/registry.ollama.ai/library/tiny/8b-q4_0"
     for part in (manifest.parent, folder / "blobs"):
         part.mkdir(parents=True)
