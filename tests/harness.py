@@ -109,6 +109,9 @@ class RunningServer:
     def device_states(self) -> list[DeviceState]:
         return read_state(self._state)
 
+    def log(self) -> str:
+        return self._log.read_text()
+
     def used_bytes(self) -> list[int]:
         return [device.used_bytes for device in self.device_states()]
 

@@ -21,8 +21,9 @@ struct ComputeBuffer {
 
 struct ComputeMemory {
     std::map<ggml_backend_buffer_type_t, ComputeBuffer> buffers;
-    ScratchMemory scratch;  // in use
-    GraphSteps generation;  // of the graph that generates a token in each slot
+    ScratchMemory scratch;      // in use
+    GraphSteps generation;      // of the graph that generates a token in each slot
+    size_t rollback_bytes = 0;  // the most of a slot that a copy of what cannot be rolled back takes, where asked for
 };
 
 // For which tokens llama-server takes the embedding that multi-token prediction goes by, from when it is ready.
@@ -37,4 +38,4 @@ enum class NextnRows { kNone, kAll, kOfOutputs };
 // largest: where layers are split between GPU and CPU, each change between a prompt and generation lays the buffer out
 // anew, and smaller tensors can be laid out worse.
 ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts, NextnRows rows,
-                                     const Chunks & chunks);
+                                     const Chunks & chunks, bool with_rollback);

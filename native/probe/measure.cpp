@@ -148,9 +148,26 @@ void add_steps(json & answer, const GraphSteps & graph, const char * part) {
     answer["graphs"].push_back({{"part", part}, {"splits", graph.splits}, {"devices", devices}});
 }
 
+// Whether llama-server keeps copies of what a slot's memory cannot roll back (server_context_impl: do_checkpoint): of
+// sliding windows, and where tokens cannot be taken off the end (common_context_can_seq_rm).
+bool makes_checkpoints(const common_params & params, llama_context * context) {
+    llama_memory_t memory = llama_get_memory(context);
+    if (params.n_ctx_checkpoints <= 0 || params.embedding || !memory) {
+        return false;
+    }
+    if ((!params.swa_full && llama_model_n_swa(llama_get_model(context)) > 0) || llama_n_rs_seq(context) > 0) {
+        return true;
+    }
+    const llama_model * model = llama_get_model(context);
+    return llama_model_is_recurrent(model) || llama_model_is_hybrid(model);
+}
+
 void add_context(json & answer, const Contexts & contexts, NextnRows rows, const Chunks & chunks, const char * part,
                  bool mapped, bool with_weights) {
-    const auto [compute, scratch, generation] = measure_compute_memory(contexts.pointers(), rows, chunks);
+    const bool checkpoints = answer["checkpoints"] > 0;
+    const auto [compute, scratch, generation, rollback_bytes] =
+        measure_compute_memory(contexts.pointers(), rows, chunks, checkpoints);
+    answer["checkpoint_bytes"] = answer.value("checkpoint_bytes", size_t(0)) + rollback_bytes;
     json & buffers = answer["buffers"];
     add_scratch(answer, scratch, part);
     add_steps(answer, generation, part);
@@ -183,8 +200,8 @@ void add_outputs(json & buffers, const llama_context & context, Program program,
     const llama_model & model = context.get_model();
     const size_t n_vocab = model.vocab.n_tokens();
     const size_t sequences = context.get_cparams().n_seq_max;
-    const size_t outputs = std::min<size_t>(context.get_cparams().n_batch,
-                                            sequences * (chunks.tokens - chunks.first_output));
+    const size_t outputs =
+        std::min<size_t>(context.get_cparams().n_batch, sequences * (chunks.tokens - chunks.first_output));
     ggml_backend_dev_t output_device = model.dev_output();
     ggml_backend_buffer_type_t host = output_device ? ggml_backend_dev_host_buffer_type(output_device) : nullptr;
     ggml_backend_buffer_type_t type = host ? host : ggml_backend_cpu_buffer_type();
@@ -347,6 +364,8 @@ json measure_memory(const std::string & program_name, const std::vector<std::str
     answer["scratch"] = json::array();
     answer["graphs"] = json::array();
     const Chunks chunks = chunks_of(program, params);
+    const bool serves = chunks.tokens == 0;
+    answer["checkpoints"] = serves && makes_checkpoints(params, context) ? params.n_ctx_checkpoints : 0;
     add_context(answer, contexts, predicts_many(params) ? NextnRows::kAll : NextnRows::kNone, chunks, "model", mapped,
                 true);
     if (chunks.tokens > 0) {

@@ -77,7 +77,8 @@ class Graph:
 class Answer:
     """What a program would allocate with the arguments that were asked about.
 
-    `scratch_source` says where `scratch` comes from: "computed" by the probe, or "rehearsed".
+    `scratch_source` says where `scratch` comes from: "computed" by the probe, or "rehearsed".  Of what a slot's memory
+    cannot roll back, llama-server keeps up to `checkpoints` copies a slot, of up to `checkpoint_bytes` each.
     """
 
     layers: int
@@ -92,6 +93,8 @@ class Answer:
     scratch: tuple[Scratch, ...] = ()
     scratch_source: str = "computed"
     graphs: tuple[Graph, ...] = ()
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
 
     def scratch_bytes(self, device: str) -> int | None:
         """Scratch pool and workspace on a device; None where the probe has no rules for it."""
@@ -217,6 +220,8 @@ def _answer(data: dict[str, object]) -> Answer:
         worst_prompt_tokens=max((entry.get("worst_prompt_tokens", 0) for entry in raw), default=0),
         scratch=tuple(Scratch(**entry) for entry in _list(data, "scratch")),
         graphs=tuple(_graph(entry) for entry in _list(data, "graphs")),
+        checkpoints=_integer(data, "checkpoints"),
+        checkpoint_bytes=_integer(data, "checkpoint_bytes"),
     )
 
 
