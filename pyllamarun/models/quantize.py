@@ -177,7 +177,10 @@ def source_warning(source: Header) -> str:
     kind = type_of(source)
     if kind in UNQUANTIZED:
         return ""
-    return f"The source is {kind} already: quantizing it again loses more than quantizing the original F16 model would."
+    return (
+        f"The source is {kind} already: quantizing it again loses more than quantizing the original F16 model would; "
+        "`pyllamarun compare` measures by how much."
+    )
 
 
 def type_of(header: Header) -> str:
