@@ -5,7 +5,8 @@
 
 A model of some 900 MB in Q4_K_M, with the widths of Llama 3 8B, six layers and random weights, is requantized by
 `pyllamarun quantize`, with all that it does before and after, and by bare llama-quantize with the same threads: in
-pairs, in turn, each into a new file that is removed afterwards; ratios are medians of the pairs'.  Before each run the disk is told to finish writing.
+pairs, in turn, each into a new file that is removed afterwards; ratios are medians of the pairs'.  Before each run the
+disk is told to finish writing.
 """
 
 from __future__ import annotations
