@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import PurePosixPath
 
+from pyllamarun import shell
 from pyllamarun.errors import DoesNotFit, DownloadError, ModelError, PyllamarunError, UsageError
 from pyllamarun.machine.cards import Card, all_cards
 from pyllamarun.machine.machine import Machine
@@ -16,8 +16,8 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.models.hub import parse_name
 from pyllamarun.models.model import Model
 from pyllamarun.models.names import quantization
-from pyllamarun.models.quantize import known_types
-from pyllamarun.models.requantize import UNQUANTIZED, Requantizations, requantizations
+from pyllamarun.models.quantize import UNQUANTIZED, known_types
+from pyllamarun.models.requantize import Requantizations, requantizations
 from pyllamarun.models.sources import Source
 from pyllamarun.planner import Planner
 from pyllamarun.planning.advice import LADDER, advice_from, changes, down_to_usable, larger_card, more_ram
@@ -198,7 +198,7 @@ def quantizations(model: Model, request: Request, found: Requantizations) -> lis
             request,
             one.type,
             str(one.header.path),
-            command=first + shlex.join(["pyllamarun", "quantize", source.name, one.type]),
+            command=first + shell.join(["pyllamarun", "quantize", source.name, one.type]),
         )
         for one in found.offered
     ]

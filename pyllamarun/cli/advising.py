@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 
-from pyllamarun import output
+from pyllamarun import output, shell
 from pyllamarun.cli.options import PlanOptions
 from pyllamarun.cli.planning import Planned, wanted_request
 from pyllamarun.errors import DoesNotFit
@@ -41,5 +40,5 @@ def advice_lines(advice: tuple[Advice, ...], options: PlanOptions) -> list[str]:
 
 
 def _command(advice: Advice, options: PlanOptions) -> str:
-    plan = shlex.join(options.words("plan", advice.source, advice.words, advice.arguments))
+    plan = shell.join(options.words("plan", advice.source, advice.words, advice.arguments))
     return f"{advice.command} && {plan}" if advice.command else plan

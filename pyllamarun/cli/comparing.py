@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyllamarun import output
+from pyllamarun import output, shell
 from pyllamarun.cli.options import PlanOptions
 from pyllamarun.cli.planning import Planned, wanted_machine, wanted_request
 from pyllamarun.errors import DoesNotFit
@@ -65,5 +64,5 @@ def _commands(comparison: Comparison, options: PlanOptions) -> list[str]:
     row = comparison.recommended_row
     if row is None:
         return []
-    plan = shlex.join(options.words("plan", row.source, row.words))
+    plan = shell.join(options.words("plan", row.source, row.words))
     return [row.command, plan] if row.command else [plan]

@@ -185,7 +185,7 @@ def make_plan(
         model_name=header.name,
         architecture=printable(header.architecture),
         weights_bytes=header.weights_bytes,
-        argv=("llama-server", *placement.arguments, *more),
+        argv=(request.program, *placement.arguments, *more),
         gpu_layers=placement.gpu_layers,
         layers=answer.offloadable_layers,
         division=placement.division.name,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pyllamarun.output import PLAIN_SCREEN, Screen, table
 from pyllamarun.planning.bars import bars
 from pyllamarun.planning.plan import Advice, DevicePlan, Plan
-from pyllamarun.planning.residency import RESIDENT, Residency
+from pyllamarun.planning.residency import RESIDENT, Residency, explain_growth
 from pyllamarun.planning.speed_report import describe_speed, explain_speed, span
 from pyllamarun.units import format_size
 
@@ -17,7 +17,7 @@ def describe(
 ) -> str:
     """Several lines: the model, what it is planned on, where it goes, what that takes, the command that does it.
 
-    `explain` adds what the predicted speed is made of.
+    `explain` adds what the predicted speed is made of, and what else RAM may be taken for.
     """
     lines = [
         f"{plan.model_name}{_type(plan)}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
@@ -29,7 +29,12 @@ def describe(
     ]
     if plan.devices:
         lines += [_device_table(plan), ""]
-    lines += [_host_table(plan), *_residency(plan.residency), ""]
+    lines += [
+        _host_table(plan),
+        *_residency(plan.residency),
+        *([explain_growth(plan.residency)] if explain else []),
+        "",
+    ]
     drawn = bars(plan, screen)
     lines += [*drawn, ""] if drawn else []
     lines += [*describe_speed(plan.speed, plan.slots, not stage), *([explain_speed(plan.speed)] if explain else []), ""]

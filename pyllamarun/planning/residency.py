@@ -3,7 +3,7 @@
 Host memory is of three kinds.  What is *held* (pinned, repacked and plain buffers, locked pages) can at best be
 swapped: where it does not fit, the kernel ends a process.  *Mapped* weights are pages of the model's file: the kernel
 drops them where it needs the room and reads them again when they are used, so that a model larger than RAM runs at the
-speed of the disk.  And llama-server's *prompt cache* grows as prompts come, up to a limit.
+speed of the disk.  And llama-server's *prompt cache* and *context checkpoints* grow as prompts come, up to a limit.
 
 What is said of loading follows src/llama-mmap.cpp and src/llama-model-loader.cpp: with mmap the whole file is read into
 the page cache first (MAP_POPULATE); what goes to a GPU, or is repacked, is copied from there; and only the range of the
@@ -19,7 +19,7 @@ from pyllamarun.errors import DoesNotFit
 from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.planning.placement import Placement
-from pyllamarun.planning.request import Budget, Request, fixed_value, has_option
+from pyllamarun.planning.request import SERVER, Budget, Request, fixed_value, has_option
 from pyllamarun.planning.token_cost import CPU
 from pyllamarun.units import MIB, format_size
 
@@ -27,6 +27,7 @@ RESIDENT, REREAD, SWAPPED, TOO_LARGE = "resident", "reread", "swapped", "too_lar
 BUDGET, CGROUP, AVAILABLE = "budget", "cgroup", "available"
 LOAD_MODE = ("-lm", "--load-mode")
 CACHE_RAM = ("-cram", "--cache-ram")
+CHECKPOINTS = ("-ctxcp", "--ctx-checkpoints", "--swa-checkpoints")
 PROMPT_CACHE_BYTES = 8192 * MIB  # llama-server's own --cache-ram (common_params::cache_ram_mib)
 
 
@@ -63,7 +64,9 @@ class HostNeeds:
     held: pinned, repacked and plain buffers; mapped: weights used in place in the file's page
     cache; locked: those of them that are locked there, with what else of the file stands between.  A token reads
     `read_bytes` of the mapped weights, of experts only the share that is used, out of `reach_bytes` that are ever read:
-    all but the embedding.  `prompt_cache_bytes` is the limit of llama-server's prompt cache, None without one.
+    all but the embedding.  `prompt_cache_bytes` is the limit of llama-server's prompt cache, None without one, and
+    `checkpoints` how many copies of its sliding window or recurrent state it keeps at most for each slot; one of every
+    slot takes up to `checkpoint_bytes`.
     """
 
     held_bytes: int
@@ -75,6 +78,12 @@ class HostNeeds:
     read_bytes: int
     file_bytes: int
     prompt_cache_bytes: int | None
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+
+    @property
+    def checkpoints_bytes(self) -> int:
+        return self.checkpoints * self.checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,8 @@ class Residency:
 
     `held_bytes` includes what is locked, and `mapped_bytes` does not; `cached_bytes` is what that has of the rest.
     Loading reads `load_low_bytes` from disk, or up to `load_high_bytes` where the file does not fit into memory.
+
+    What grows as prompts come is not part of the verdict: the last three, as in HostNeeds.
     """
 
     verdict: str
@@ -102,6 +113,12 @@ class Residency:
     load_low_bytes: int
     load_high_bytes: int
     prompt_cache_bytes: int | None
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+
+    @property
+    def checkpoints_bytes(self) -> int:
+        return self.checkpoints * self.checkpoint_bytes
 
 
 def ram_limit(budget: Budget | None, memory: Memory) -> RamLimit:
@@ -151,13 +168,15 @@ def judge(needs: HostNeeds, ram: RamLimit) -> Residency:
         load_low_bytes=needs.file_bytes,
         load_high_bytes=needs.file_bytes + (copied if held + needs.file_bytes > ram.limit_bytes else 0),
         prompt_cache_bytes=needs.prompt_cache_bytes,
+        checkpoints=needs.checkpoints,
+        checkpoint_bytes=needs.checkpoint_bytes,
     )
 
 
 def host_needs(
     placement: Placement, header: Header, request: Request, memory: Memory, ram: RamLimit
 ) -> tuple[HostNeeds, tuple[str, ...]]:
-    """What a placement takes of host memory, and the arguments that keep the prompt cache within a budget."""
+    """What a placement takes of host memory, and the arguments that keep what grows within a budget."""
     answer = placement.answer
     mapped = answer.bytes(device="CPU", kind="mapped")
     on_cpu = [tensor for tensor in header.tensors if not placement.holds(tensor.name)]
@@ -175,11 +194,21 @@ def host_needs(
         read_bytes=round(mapped_share * placement.cost(header).weights_read_bytes(CPU)),
         file_bytes=header.file_bytes,
         prompt_cache_bytes=_prompt_cache_bytes(request),
+        checkpoints=answer.checkpoints,
+        checkpoint_bytes=answer.checkpoint_bytes * answer.slots,
     )
+    if request.program != SERVER:  # which alone keeps earlier prompts
+        return replace(needs, prompt_cache_bytes=0), ()
+    arguments: list[str] = []
+    count = None if has_option(request.passthrough, *CHECKPOINTS) else checkpoints_within(needs, ram)
+    if count is not None:
+        needs = replace(needs, checkpoints=count)
+        arguments += ["--ctx-checkpoints", str(count)]
     mib = None if has_option(request.passthrough, *CACHE_RAM) else prompt_cache_mib(needs, ram)
-    if mib is None:
-        return needs, ()
-    return replace(needs, prompt_cache_bytes=mib * MIB), ("--cache-ram", str(mib))
+    if mib is not None:
+        needs = replace(needs, prompt_cache_bytes=mib * MIB)
+        arguments += ["--cache-ram", str(mib)]
+    return needs, tuple(arguments)
 
 
 def _locks(request: Request) -> bool:
@@ -205,6 +234,16 @@ def _prompt_cache_bytes(request: Request) -> int | None:
     return int(value) * MIB if int(value) >= 0 else None
 
 
+def checkpoints_within(needs: HostNeeds, ram: RamLimit) -> int | None:
+    """The --ctx-checkpoints that keeps the process within its budget; None where its own limit does.
+
+    They come before the prompt cache, which is for prompts that no slot holds any more.
+    """
+    if ram.budget_bytes is None or needs.checkpoints_bytes <= _room(needs, ram.budget_bytes):
+        return None
+    return _room(needs, ram.budget_bytes) // needs.checkpoint_bytes
+
+
 def prompt_cache_mib(needs: HostNeeds, ram: RamLimit) -> int | None:
     """The --cache-ram that keeps the process within its budget; None where its own limit does.
 
@@ -212,8 +251,13 @@ def prompt_cache_mib(needs: HostNeeds, ram: RamLimit) -> int | None:
     """
     if ram.budget_bytes is None:
         return None
-    room = max(0, ram.budget_bytes - needs.held_bytes - max(needs.locked_bytes, needs.mapped_bytes))
+    room = max(0, _room(needs, ram.budget_bytes) - needs.checkpoints_bytes)
     return None if room >= PROMPT_CACHE_BYTES else room // MIB
+
+
+def _room(needs: HostNeeds, budget_bytes: int) -> int:
+    """What is left of a budget for what grows."""
+    return max(0, budget_bytes - needs.held_bytes - max(needs.locked_bytes, needs.mapped_bytes))
 
 
 def check(residency: Residency, needs: HostNeeds, ram: RamLimit) -> None:
@@ -263,9 +307,9 @@ def warnings(residency: Residency, ram: RamLimit, model: str) -> list[str]:
         why = "with --ram, say what the other has" if ram.assumed else "this does not fit, and was forced"
         found.append(f"{needed}: {why}.")
     else:
-        room = ram.limit_bytes - total
-        if residency.prompt_cache_bytes is None or residency.prompt_cache_bytes > room:
-            found.append(_growth(residency.prompt_cache_bytes, room))
+        room, cache = max(0, ram.limit_bytes - total), residency.prompt_cache_bytes
+        if cache is None or cache + residency.checkpoints_bytes > room:
+            found.append(_growth(residency, room))
     return found
 
 
@@ -273,9 +317,36 @@ def _between(low: int, high: int) -> str:
     return format_size(high) if low >= high else f"{format_size(low)} to {format_size(high)}"
 
 
-def _growth(cache_bytes: int | None, room: int) -> str:
-    size = "without limit" if cache_bytes is None else f"to {format_size(cache_bytes)}"
+def _growth(residency: Residency, room: int) -> str:
+    """What grows, and how to bound it: the checkpoints first, in whole ones."""
+    cache, checkpoints = residency.prompt_cache_bytes, residency.checkpoints_bytes
+    grown, bounds = [f"cache of earlier prompts may grow {_limit(cache)}"], []
+    if checkpoints:
+        grown.append(f"context checkpoints {_limit(checkpoints)}")
+    if checkpoints > room:
+        count = room // residency.checkpoint_bytes
+        bounds.append(f"--ctx-checkpoints {count}")
+        checkpoints = count * residency.checkpoint_bytes
+    bounds.append(f"--cache-ram {(room - checkpoints) // MIB}")
     return (
-        f"llama-server's cache of earlier prompts may grow {size}, and {format_size(max(0, room))} of RAM are left: "
-        f"bound it with --ram, or `-- --cache-ram {max(0, room) // MIB}`."
+        f"llama-server's {', its '.join(grown)}, and {format_size(room)} of RAM are left: "
+        f"bound {'them' if len(grown) > 1 else 'it'} with --ram, or `-- {' '.join(bounds)}`."
+    )
+
+
+def _limit(size_bytes: int | None) -> str:
+    return "without limit" if size_bytes is None else f"to {format_size(size_bytes)}"
+
+
+def explain_growth(residency: Residency) -> str:
+    """What llama-server takes of RAM besides, as prompts come: no part of the verdict."""
+    cache = (
+        f"Besides, as prompts come, llama-server's cache of earlier ones grows {_limit(residency.prompt_cache_bytes)}"
+    )
+    if not residency.checkpoints:
+        return f"{cache}."
+    size = format_size(residency.checkpoint_bytes)
+    return (
+        f"{cache}, and its context checkpoints {_limit(residency.checkpoints_bytes)}: {residency.checkpoints} a slot, "
+        f"of which one for every slot takes {size}."
     )

@@ -14,7 +14,7 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.models.skeleton import fingerprint
 from pyllamarun.planning.probe import Answer, Scratch
 from pyllamarun.planning.request import without_option
-from pyllamarun.planning.residency import CACHE_RAM
+from pyllamarun.planning.residency import CACHE_RAM, CHECKPOINTS
 from pyllamarun.run.binaries import Build
 from pyllamarun.run.stage import CARDS, VIRTUAL, Stage
 
@@ -36,8 +36,8 @@ class Rehearsals:
     def _path(self, arguments: Sequence[str]) -> Path:
         import hashlib
 
-        # Neither where the model lies (-m MODEL) nor what the prompt cache may take of RAM says anything of GPU memory.
-        key = json.dumps([self._facts, without_option(arguments[2:], *CACHE_RAM)])
+        # Neither where the model lies (-m MODEL) nor what may grow in RAM says anything of GPU memory.
+        key = json.dumps([self._facts, without_option(arguments[2:], *CACHE_RAM, *CHECKPOINTS)])
         return self._folder / (hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:32] + ".json")
 
     def applied(self, arguments: Sequence[str], answer: Answer) -> Answer:

@@ -17,9 +17,18 @@ from pyllamarun.machine.host import Memory, memory_of, read_memory
 from pyllamarun.models.gguf import read_header
 from pyllamarun.planning.plan import Plan, make_plan
 from pyllamarun.planning.probe import Device
+from pyllamarun.planning.report import describe
 from pyllamarun.planning.request import Budget, Request, parse_budget
-from pyllamarun.planning.residency import HostNeeds, check, judge, prompt_cache_mib, ram_limit
-from pyllamarun.units import GIB
+from pyllamarun.planning.residency import (
+    HostNeeds,
+    check,
+    checkpoints_within,
+    judge,
+    prompt_cache_mib,
+    ram_limit,
+    warnings,
+)
+from pyllamarun.units import GIB, MIB, format_size
 
 # Of a 40 GiB model 12 are on a GPU, and 28 are mapped; a token reads nearly all of those.
 NEEDS = HostNeeds(
@@ -130,6 +139,35 @@ def test_the_prompt_cache_is_kept_within_a_budget() -> None:
     assert [mib(None), mib("40GiB"), mib("34GiB"), mib("16GiB")] == [None, None, 4096, 0]
 
 
+SLIDING = replace(NEEDS, checkpoints=32, checkpoint_bytes=GIB // 4)
+
+
+def test_context_checkpoints_come_before_the_prompt_cache_in_a_budget() -> None:
+    def within(text: str) -> tuple[int | None, int | None]:
+        ram = ram_limit(parse_budget(text), memory(60))
+        count = checkpoints_within(SLIDING, ram)
+        bounded = replace(SLIDING, checkpoints=SLIDING.checkpoints if count is None else count)
+        return count, prompt_cache_mib(bounded, ram)
+
+    assert [within("60GiB"), within("40GiB"), within("32GiB"), within("30500MiB"), within("16GiB")] == [
+        (None, None), (None, 2048), (8, 0), (0, 0), (0, 0)
+    ]  # fmt: skip
+    assert checkpoints_within(SLIDING, ram_limit(None, memory(31))) is None, "only a budget bounds them"
+
+
+def test_a_warning_says_how_to_bound_what_grows() -> None:
+    def warned(needs: HostNeeds, available: int) -> list[str]:
+        ram = ram_limit(None, memory(available))
+        return warnings(judge(needs, ram), ram, "model.gguf")
+
+    assert warned(SLIDING, 46) == []
+    (both,) = warned(SLIDING, 40)
+    assert "cache of earlier prompts may grow to 8.00 GiB, its context checkpoints to 8.00 GiB, and 10.00 GiB" in both
+    assert both.endswith("bound them with --ram, or `-- --cache-ram 2048`.")
+    (few,) = warned(SLIDING, 31)
+    assert few.endswith("`-- --ctx-checkpoints 4 --cache-ram 0`.")
+
+
 # ---- of real models
 
 
@@ -168,6 +206,23 @@ def test_copied_weights_are_refused_where_mapped_ones_are_not(
     assert "say what the other has" in assumed.warnings[0]
 
 
+def test_memory_that_is_enough_only_with_swap_is_said(header_70b: Path, machine: Callable[..., Machine]) -> None:
+    plan = planned(machine(12288), header_70b, memory(20, swap=32), "-lm", "none", vram=12 * GIB)
+    assert plan.residency.verdict == "swapped"
+    (warning,) = plan.warnings
+    swapped = plan.residency.held_bytes - 20 * GIB
+    assert f"20.00 GiB are available: {format_size(swapped)} have to be swapped" in warning
+
+
+def test_a_container_has_no_more_than_its_limit(header_70b: Path, machine: Callable[..., Machine]) -> None:
+    inside = memory(60, swap=64, limit_bytes=16, left_bytes=15, swap_left_bytes=0)
+    plan = planned(machine(12288), header_70b, inside, vram=12 * GIB)
+    assert (plan.residency.verdict, plan.residency.limit_source) == ("reread", "cgroup")
+    assert "a cgroup leaves 15.00 GiB" in plan.warnings[0]
+    with pytest.raises(DoesNotFit, match=r"a cgroup leaves 15\.00 GiB and 0 B of swap"):
+        planned(machine(12288), header_70b, inside, "-lm", "none", vram=12 * GIB)
+
+
 def test_pages_that_may_not_be_locked_are_not_counted_as_locked(
     header_70b: Path, machine: Callable[..., Machine]
 ) -> None:
@@ -195,6 +250,52 @@ def test_the_prompt_cache_is_part_of_a_plan(tiny: Callable[[str], Path], machine
     assert (fixed.argv[-2:], fixed.warnings) == (("-cram", "100"), ())
     without_limit = planned(gpu, model, memory_of(4 * GIB), "-cram", "-1")
     assert "may grow without limit" in without_limit.warnings[0]
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt-oss", "mamba", "jamba"])
+def test_context_checkpoints_become_as_large_as_predicted(
+    architecture: str, tiny: Callable[[str], Path], machine: Callable[..., Machine]
+) -> None:
+    """llama-server's log gives the size of each, in MiB with three places."""
+    gpu, each = machine(4096), 1024
+    arguments = ["-m", str(tiny(architecture)), "-c", str(2 * each), "-np", "2", "-ngl", "2", "-ctxcp", "3"]
+    answer = gpu.ask(arguments)
+    with gpu.serve([*arguments, "-lv", "4"]) as server:
+        for length in (100, 600, each - 2):
+            server.complete([3 + i % 200 for i in range(length)], cache_prompt=True)
+        made = re.findall(r"created context checkpoint (\d+) of (\d+) .* size = ([\d.]+) MiB", server.log())
+    assert {most for _, most, _ in made} == {str(answer.checkpoints)} == {"3"}
+    assert max(int(number) for number, _, _ in made) == 3
+    assert max(float(size) for _, _, size in made) == round(answer.checkpoint_bytes / MIB, 3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("llama", []), ("gemma3", ["--swa-full"]), ("jamba", ["-ctxcp", "0"])]
+)
+def test_where_none_are_made_none_are_predicted(
+    architecture: str, options: list[str], tiny: Callable[[str], Path], machine: Callable[..., Machine]
+) -> None:
+    gpu = machine(4096)
+    arguments = ["-m", str(tiny(architecture)), "-c", "1024", "-np", "1", "-ngl", "2", *options]
+    answer = gpu.ask(arguments)
+    assert (answer.checkpoints, answer.checkpoint_bytes) == (0, 0)
+    with gpu.serve([*arguments, "-lv", "4"]) as server:
+        server.complete([3 + i % 200 for i in range(800)], cache_prompt=True)
+        assert "created context checkpoint" not in server.log()
+
+
+def test_context_checkpoints_are_part_of_a_plan(tiny: Callable[[str], Path], machine: Callable[..., Machine]) -> None:
+    gpu, model = machine(4096), tiny("gemma3")
+    free = planned(gpu, model, memory_of(64 * GIB))
+    assert free.residency.checkpoints == 32
+    assert "context checkpoints to " in describe(free, "", explain=True)
+    assert "context checkpoints" not in describe(free, "")
+    room = free.residency.held_bytes + free.residency.mapped_bytes
+    bounded = planned(gpu, model, memory_of(64 * GIB), ram=room + 5 * free.residency.checkpoint_bytes)
+    assert bounded.argv[-4:] == ("--ctx-checkpoints", "5", "--cache-ram", "0")
+    assert (bounded.residency.checkpoints, bounded.warnings) == (5, ())
+    fixed = planned(gpu, model, memory_of(64 * GIB), "-ctxcp", "40", ram=room + MIB)
+    assert ("--ctx-checkpoints" in fixed.argv, fixed.residency.checkpoints) == (False, 40)
 
 
 def test_locked_is_what_was_predicted(tiny: Callable[[str], Path], machine: Callable[..., Machine]) -> None:
