@@ -1,6 +1,6 @@
 """Runs a model that is larger than your GPU, at exactly the VRAM you allow.
 
-As a library: `Machine`, `Model`, `Planner` and `plan`, see pyllamarun/planner.py and docs/library.md.
+As a library: `Machine`, `Model`, `Planner` and `plan`, see pyllamarun/plans.py and docs/library.md.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from pyllamarun.machine.machine import Machine as Machine
     from pyllamarun.models.model import Model as Model
     from pyllamarun.planner import Planner as Planner
-    from pyllamarun.planner import plan as plan
     from pyllamarun.planning.plan import Plan as Plan
+    from pyllamarun.plans import plan as plan
 
 __version__ = "0.1.0"
 __all__ = ["Machine", "Model", "Plan", "Planner", "__version__", "plan"]
 
 _HOMES = {
     "Machine": "machine.machine", "Model": "models.model", "Plan": "planning.plan", "Planner": "planner",
-    "plan": "planner",
+    "plan": "plans",
 }  # fmt: skip
 
 

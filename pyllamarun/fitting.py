@@ -12,7 +12,7 @@ from pyllamarun.models.sources import Source
 from pyllamarun.output import printable
 from pyllamarun.planner import Planner
 from pyllamarun.planning.plan import Plan
-from pyllamarun.planning.request import make_request
+from pyllamarun.planning.request import Request, make_request
 from pyllamarun.planning.residency import SWAPPED
 from pyllamarun.planning.speed import Range
 from pyllamarun.planning.speed_report import span
@@ -22,9 +22,13 @@ from pyllamarun.planning.speed_report import span
 GPU, PARTLY, RAM, DISK, SWAP, NO, UNKNOWN = "gpu", "partly", "ram", "disk", "swap", "no", "unknown"
 
 
+# What a person should be asked about before a model is got for this machine.
+POOR = (DISK, SWAP, NO)
+
+
 @dataclass(frozen=True)
 class Fit:
-    """Whether and how a model fits, with 4,096 tokens of context.
+    """Whether and how a model fits, by a plan.
 
     `generation` is tokens a second, None where nothing is predicted, and `speed` what that is called.  `words` says
     all in a few words, and `reason` why it does not fit or has no plan; "" where it has one.
@@ -57,7 +61,15 @@ def fits(planner: Planner, sources: Iterable[Source], show: Callable[[str], None
 
 def _fit(planner: Planner, source: Source, memory: Memory) -> Fit:
     try:
-        return _of_plan(planner.plan(Model(source, source.read_header()), make_request(), memory))
+        return fit(planner, Model(source, source.read_header()), make_request(), memory)
+    except PyllamarunError as error:
+        return Fit(UNKNOWN, "not known", reason=_reason(error))
+
+
+def fit(planner: Planner, model: Model, request: Request, memory: Memory | None = None) -> Fit:
+    """Of one model whose header is read, by the plan that is asked for."""
+    try:
+        return _of_plan(planner.plan(model, request, memory))
     except DoesNotFit as error:
         return Fit(NO, "no", reason=_reason(error))
     except BinaryError as error:

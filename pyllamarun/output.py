@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +15,11 @@ from typing import Any
 
 from pyllamarun import __version__
 from pyllamarun.errors import PyllamarunError
+from pyllamarun.units import format_seconds, format_size
 
 SCHEMA = 1
+LOG_INTERVAL_SECONDS = 10.0  # between lines about progress, where there is no terminal
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs and line breaks
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def envelope(kind: str, data: Any) -> dict[str, Any]:
     """The one shape of everything that --json prints."""
     return {"pyllamarun": __version__, "kind": kind, "schema": SCHEMA, "ok": True, "data": data, "error": None}
@@ -55,18 +66,18 @@ def print_json(data: Any) -> None:
 
 
 def print_text(text: str = "") -> None:
-    print(text, flush=True)
+    print(printable_lines(text), flush=True)
 
 
 def write(text: str) -> None:
-    """A piece of a result that is printed as it comes."""
-    sys.stdout.write(text)
+    """A piece of a result that is printed as it comes: a model's words, which must not drive a terminal either."""
+    sys.stdout.write(_CONTROLS.sub("\ufffd", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """A message beside the result."""
-    print(text, file=sys.stderr, flush=True)
+    """A message beside the result, or what a program says of it."""
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def print_error(error: PyllamarunError) -> None:
@@ -101,6 +112,91 @@ def progress(unit: str, total: int) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield advance
+
+
+LINE_SECONDS = 10.0
+
+
+@contextmanager
+def transfer(subject: str, total_bytes: int, initial_bytes: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """How far bytes are, with their rate and what is left, on stderr; call it with (done, total).
+
+    A bar on a terminal; elsewhere a line every ten seconds.
+    """
+    if not sys.stderr.isatty():
+        yield _lines(subject, initial_bytes)
+        return
+    from tqdm import tqdm
+
+    size: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    with tqdm(total=total_bytes, initial=initial_bytes, desc=subject, leave=False, **size) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def _lines(subject: str, initial_bytes: int) -> Callable[[int, int], None]:
+    """Says a line every LINE_SECONDS; the rate is that since the line before."""
+    last_seconds, last_bytes = time.monotonic(), initial_bytes
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last_seconds, last_bytes
+        now = time.monotonic()
+        if now - last_seconds < LINE_SECONDS:
+            return
+        per_second = max(done - last_bytes, 0) / (now - last_seconds)
+        left = f", {format_seconds((total - done) / per_second)} left" if per_second else ""
+        share = f"{format_size(done)} of {format_size(total)}"
+        note(f"{subject}: {share}, {format_size(int(per_second))}/s{left}")
+        last_seconds, last_bytes = now, done
+
+    return advance
+
+
+def ask(question: str) -> bool | None:
+    """Whether a person says yes; None where there is none to ask."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().casefold() in ("y", "yes")
+
+
+@contextmanager
+def weighted_progress(subject: str, unit: str, weights: Sequence[int]) -> Iterator[Callable[[int, int], None]]:
+    """Progress through things that take as long as their weights say; call it with (how many are done, of how many).
+
+    On a terminal a bar with the time that is left; elsewhere a line on stderr every so often.
+    """
+    sums = [0, *itertools.accumulate(weights)]
+    if not sys.stderr.isatty():
+        yield _progress_lines(subject, unit, sums)
+        return
+    from tqdm import tqdm
+
+    bar_format = "{desc}{postfix} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(total=sums[-1], desc=subject, bar_format=bar_format, leave=False) as bar:
+
+        def advance(done: int, of: int) -> None:
+            bar.postfix = f"{done}/{of} {unit}"
+            bar.update(sums[min(done, len(sums) - 1)] - bar.n)
+
+        yield advance
+
+
+def _progress_lines(subject: str, unit: str, sums: Sequence[int]) -> Callable[[int, int], None]:
+    started = shown = time.monotonic()
+
+    def advance(done: int, of: int) -> None:
+        nonlocal shown
+        now, share = time.monotonic(), sums[min(done, len(sums) - 1)] / max(sums[-1], 1)
+        if now - shown >= LOG_INTERVAL_SECONDS and 0 < share < 1:
+            shown, left = now, (now - started) * (1 / share - 1)
+            note(f"{subject}: {done} of {of} {unit}, {share:.0%}, {left:.0f} s left")
+
+    return advance
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pyllamarun.errors import UsageError
+
 
 def _folder(kind: str) -> Path:
     home = os.environ.get("PYLLAMARUN_HOME")
@@ -14,6 +16,14 @@ def _folder(kind: str) -> Path:
 
     folder = getattr(platformdirs, f"user_{kind}_path")("pyllamarun")
     return Path(folder)
+
+
+def expanded(text: str) -> Path:
+    """A path that a person typed, its ~ replaced.  Raises UsageError where there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(f"There is no home folder for {text}.", remedy="Write the whole path.") from None
 
 
 def models_folder() -> Path:

@@ -1,8 +1,4 @@
-"""Plans, as a library: opens what a plan is asked of, once for as many plans as are wanted.
-
-from pyllamarun import Machine, Model, plan
-print(plan(Model.open("llama-3-70b-Q4_K_M.gguf"), Machine.of(gpus="RTX 3060"), vram="11.5GiB").gpu_layers)
-"""
+"""Opens what a plan is asked of, once for as many plans as are wanted: stage, probe, devices, memory."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from pyllamarun import paths
 from pyllamarun.errors import ModelError
@@ -24,14 +19,14 @@ from pyllamarun.machine.gpu import GpuSurvey
 from pyllamarun.machine.host import Memory, memory_of, read_memory
 from pyllamarun.machine.machine import HERE, Machine
 from pyllamarun.machine.rates import HostRates
-from pyllamarun.models.gguf import Header
+from pyllamarun.models.gguf import Header, read_header
 from pyllamarun.models.model import Model
 from pyllamarun.models.skeleton import write_skeleton
 from pyllamarun.output import printable
 from pyllamarun.planning.hardware import Hardware, hardware_of
 from pyllamarun.planning.plan import Plan, make_plan
-from pyllamarun.planning.probe import Answer, Device, Probe, Refused
-from pyllamarun.planning.request import RPC, Budget, Request, fixed_value, has_option, make_request
+from pyllamarun.planning.probe import Answer, Crashed, Device, Probe, Refused
+from pyllamarun.planning.request import RPC, SERVER, Budget, Request, fixed_value, has_option
 from pyllamarun.planning.saved import confirm
 from pyllamarun.run.binaries import PROBE, Binaries, find_binaries
 from pyllamarun.run.command import environment
@@ -41,6 +36,8 @@ from pyllamarun.run.stage import CARDS, REAL, Stage, list_rpc_devices, open_prob
 
 # Samplers that run on the GPU look into the vocabulary, which a skeleton does not have.
 NEEDS_VOCABULARY = ("-bs", "--backend-sampling")
+# Files beside the model that llama.cpp is to read too: a draft model, a multimodal projector.
+COMPANIONS = (("-md", "--model-draft", "--spec-draft-model"), ("-mm", "--mmproj"))
 UNKNOWN_ARCHITECTURE = "unknown model architecture"  # llama_model_create
 NEIGHBOUR_SECONDS = 2.0  # for the driver to say who holds memory; a plan does without
 
@@ -79,6 +76,7 @@ class Planner:
         self._rpc_devices: dict[str, tuple[Device, ...]] = {}
         self._rpc_probe: tuple[Sequence[str | None], Probe] | None = None
         self._skeletons: list[tuple[Header, Path]] = []
+        self._sound: set[str] = set()
 
     def __enter__(self) -> Planner:
         with self._stack:
@@ -147,16 +145,26 @@ class Planner:
     def plan(self, model: Model, request: Request, memory: Memory | None = None) -> Plan:
         """`memory`, where plans are to be compared, is what was read for all of them.
 
-        Raises DoesNotFit, UsageError, Refused or BinaryError.
+        Raises DoesNotFit, UsageError, ModelError, Refused or BinaryError.
         """
-        memory, ask = memory or self.memory(request.ram), self._ask(model.header)
+        self._check_companions(request.arguments)
+        memory, ask = memory or self.memory(request.ram), self._ask(model.header, request.program)
         devices, hardware = self.devices_of(request.rpc), self.hardware
         return make_plan(model.header, request, devices, memory, ask, hardware, lambda: self._survey)
 
     def confirm(self, model: Model, plan: Plan) -> None:
         """Holds a plan that was made before against what llama.cpp answers now: see `confirm` in planning/saved.py."""
+        self._check_companions(plan.argv)
         devices = self.devices_of(fixed_value(plan.argv, *RPC) or "")  # as they are without a probe on them
         confirm(plan, self._ask(model.header)(plan.argv[1:]), devices)
+
+    def _check_companions(self, arguments: Sequence[str]) -> None:
+        """They are files from strangers, too: what our reader refuses, llama.cpp is not asked about."""
+        for names in COMPANIONS:
+            path = fixed_value(arguments, *names)
+            if path is not None and path not in self._sound:
+                read_header(Path(path))
+                self._sound.add(path)
 
     @functools.cached_property
     def _survey(self) -> GpuSurvey:
@@ -175,8 +183,9 @@ class Planner:
     def _running_probe(self) -> Probe:
         return self._probe or self._start_probe()
 
-    def _ask(self, header: Header) -> _Questions:
-        return _Questions(self._probe_for, header, self.skeleton(header), self.rehearsals(header))
+    def _ask(self, header: Header, program: str = SERVER) -> _Questions:
+        skeleton, rehearsals = self.skeleton(header), self.rehearsals(header)
+        return _Questions(self._probe_for, self.free_gpus, header, skeleton, rehearsals, program)
 
     def _probe_for(self, arguments: Sequence[str]) -> Probe:
         """The probe that can answer: with RPC servers it is another, and a new one wherever more than places changes.
@@ -213,19 +222,35 @@ class _Questions:
     """Asks the probe about a model by its skeleton, and takes into account what rehearsals of it have shown."""
 
     def __init__(
-        self, probe_for: Callable[[Sequence[str]], Probe], header: Header, skeleton: Path, rehearsals: Rehearsals
+        self,
+        probe_for: Callable[[Sequence[str]], Probe],
+        forget_probe: Callable[[], None],
+        header: Header,
+        skeleton: Path,
+        rehearsals: Rehearsals,
+        program: str,
     ) -> None:
-        self._probe_for, self._rehearsals = probe_for, rehearsals
+        self._probe_for, self._forget_probe = probe_for, forget_probe
+        self._rehearsals, self._program = rehearsals, program
         self._model, self._architecture, self._skeleton = str(header.path), header.architecture, str(skeleton)
 
     def __call__(self, arguments: Sequence[str]) -> Answer:
-        return self._rehearsals.applied(arguments, self._answer(arguments))
+        try:
+            answer = self._answer(arguments)
+        except Crashed as error:
+            self._forget_probe()  # the next question gets a new one
+            raise ModelError(
+                f"{self._model}: llama.cpp crashes on this model, or on it with these arguments.",
+                why=error.why,
+                remedy="What the file says of itself may not go together: take another one of this model.",
+            ) from None
+        return self._rehearsals.applied(arguments, answer) if self._program == SERVER else answer
 
     def _answer(self, arguments: Sequence[str]) -> Answer:
         if any(argument in NEEDS_VOCABULARY for argument in arguments):
-            return self._probe_for(arguments).ask(arguments)
+            return self._probe_for(arguments).ask(arguments, self._program)
         try:
-            return self._probe_for(arguments).ask(["-m", self._skeleton, *arguments[2:]])
+            return self._probe_for(arguments).ask(["-m", self._skeleton, *arguments[2:]], self._program)
         except Refused as error:
             what, why = (text.replace(self._skeleton, self._model) for text in (error.what, error.why))
             if UNKNOWN_ARCHITECTURE in why and self._model in what:
@@ -249,13 +274,3 @@ def read_bandwidth() -> HostRates:
         return output_of([probe, "--read-bandwidth"], environment(binaries, ()))[1]
 
     return measure(paths.state_folder(), binaries.build.commit, run)
-
-
-def plan(model: Model | str | Path, machine: Machine = HERE, **wishes: Any) -> Plan:
-    """One plan.  `wishes` are those of `make_request`: vram="11.5GiB", context=8192, slots=4, arguments=["-ub", "256"].
-
-    Raises UsageError, ModelError, DownloadError, DoesNotFit, Refused or BinaryError, each with what to do next.
-    """
-    request = make_request(**wishes)
-    with Planner(machine, overhead_bytes=request.overhead_bytes) as planner:
-        return planner.plan(model if isinstance(model, Model) else Model.open(model), request)

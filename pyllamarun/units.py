@@ -47,6 +47,16 @@ def format_size(size_bytes: int) -> str:
     return f"{size_bytes} B"
 
 
+def format_seconds(seconds: float) -> str:
+    """A time for a person: "0.4 s", "12 s", "3:05 min", "2:10 h"."""
+    whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s"
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02} h"
+
+
 def parse_bandwidth(text: str) -> int:
     """Bytes per second that `text` means: "51.2GB/s", "48 GiB/s"; UsageError for anything else."""
     amount = re.fullmatch(r"(.*[0-9A-Za-z])\s*(?:/\s*s|ps)", text.strip(), re.IGNORECASE | re.DOTALL)

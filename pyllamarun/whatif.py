@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import PurePosixPath
 
+from pyllamarun import shell
 from pyllamarun.errors import DoesNotFit, DownloadError, ModelError, PyllamarunError, UsageError
 from pyllamarun.machine.cards import Card, all_cards
 from pyllamarun.machine.machine import Machine
@@ -16,8 +16,8 @@ from pyllamarun.models.gguf import Header
 from pyllamarun.models.hub import parse_name
 from pyllamarun.models.model import Model
 from pyllamarun.models.names import quantization
-from pyllamarun.models.quantize import known_types
-from pyllamarun.models.requantize import UNQUANTIZED, Requantizations, requantizations
+from pyllamarun.models.quantize import UNQUANTIZED, known_types
+from pyllamarun.models.requantize import Requantizations, requantizations
 from pyllamarun.models.sources import Source
 from pyllamarun.planner import Planner
 from pyllamarun.planning.advice import LADDER, advice_from, changes, down_to_usable, larger_card, more_ram
@@ -47,10 +47,9 @@ def compare(planner: Planner, model: Model, request: Request, axis: str, show: S
     header, source = model.header, model.source.name
     if axis == "quants":
         found = requantized_models(planner, header)
-        variants = _quantizations(model, request, found)
+        variants = quantizations(model, request, found)
         left_out = tuple((one.type, one.reason) for one in found.left_out)
-        if header.file_type not in (*UNQUANTIZED, ""):
-            notes = (f"Made from {header.file_type}, each loses more than the same type made from the original model.",)
+        notes = tuple(filter(None, [loses_more(header, "each")]))
     elif axis == "ctx":
         variants = contexts(header, source, request)
     elif axis == "slots":
@@ -104,8 +103,9 @@ def advise(planner: Planner, model: Model, request: Request, plan: Plan | None) 
     except DoesNotFit:  # the budget is more than the card has, and the error says what to do
         return ()
     rows = list(_planned(planner, changes(header, model.source.name, request, asked, most), lambda _: None))
-    found = requantized_models(planner, header, LADDER)
-    by_type = {variant.label: variant for variant in _quantizations(model, request, found)[1:]}
+    types = () if plan and plan.requantization else LADDER  # it was the best of them
+    found = requantized_models(planner, header, types)
+    by_type = {variant.label: variant for variant in quantizations(model, request, found)[1:]}
 
     def with_type(name: str) -> Row:
         label = f"{name} instead of {header.file_type or 'what it is'}"
@@ -179,7 +179,14 @@ def _model(variant: Variant) -> Model:
     return Model(Source(variant.source, variant.header.path), variant.header)
 
 
-def _quantizations(model: Model, request: Request, found: Requantizations) -> list[Variant]:
+def loses_more(header: Header, which: str) -> str:
+    """What is to be known of a requantization where the model is quantized already; "" where it is not."""
+    if header.file_type in (*UNQUANTIZED, ""):
+        return ""
+    return f"Made from {header.file_type}, {which} loses more than the same type made from the original model."
+
+
+def quantizations(model: Model, request: Request, found: Requantizations) -> list[Variant]:
     """The model as it is, and as it could be made."""
     header, source = model.header, model.source
     as_it_is = Variant(header.file_type or "as it is", header, request, header.file_type, source.name, is_current=True)
@@ -191,7 +198,7 @@ def _quantizations(model: Model, request: Request, found: Requantizations) -> li
             request,
             one.type,
             str(one.header.path),
-            command=first + shlex.join(["pyllamarun", "quantize", source.name, one.type]),
+            command=first + shell.join(["pyllamarun", "quantize", source.name, one.type]),
         )
         for one in found.offered
     ]

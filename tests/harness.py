@@ -19,10 +19,10 @@ from typing import Any
 from pyllamarun.machine.core_rates import nominal
 from pyllamarun.planning.hardware import Hardware
 from pyllamarun.planning.probe import Answer, Probe
-from pyllamarun.planning.request import VirtualGpu
+from pyllamarun.planning.request import SERVER, VirtualGpu
 from pyllamarun.run.binaries import PROBE, Binaries
 from pyllamarun.run.command import environment
-from pyllamarun.run.process import running
+from pyllamarun.run.process import output_of, running
 from pyllamarun.run.server import free_port
 from pyllamarun.run.stage import Stage, open_probe
 from pyllamarun.units import MIB
@@ -147,7 +147,7 @@ class Machine:
     def close(self) -> None:
         self._stack.close()
 
-    def ask(self, arguments: Sequence[str]) -> Answer:
+    def ask(self, arguments: Sequence[str], program: str = SERVER) -> Answer:
         """The probe's answer."""
         if self._probe is None:
             pipe = subprocess.PIPE
@@ -155,7 +155,17 @@ class Machine:
                 running([self._binaries.path(PROBE)], environment(self._binaries, self._gpus), stdin=pipe, stdout=pipe)
             )
             self._probe = Probe(process)
-        return self._probe.ask(arguments)
+        return self._probe.ask(arguments, program)
+
+    def run(self, program: str, arguments: Sequence[str]) -> tuple[list[DeviceState], str]:
+        """A program that comes to an end: what it held of each GPU, and what it said."""
+        with tempfile.TemporaryDirectory() as folder:
+            state = Path(folder) / "state"
+            variables = environment(self._binaries, self._gpus) | {"PYLLAMARUN_VIRTUAL_STATE": str(state)}
+            argv = [self._binaries.path(program), *arguments, "-t", "2"]
+            status, text = output_of(argv, variables, timeout_seconds=SERVER_SECONDS)
+            assert status == 0, text[-3000:]
+            return read_state(state), text
 
     @contextmanager
     def serve(self, arguments: Sequence[str], *, warmup: bool = False) -> Iterator[RunningServer]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import random
 import re
 import socket
 import struct
@@ -13,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 BLOCK_BYTES = 16 << 10
-SEND_BUFFER_BYTES = 64 << 10
+SEND_BUFFER_BYTES = 4 << 10  # what is in it counts as sent, and may never arrive
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,30 @@ class RemoteContent:
         return data + bytes(end - start - len(data))
 
 
+PATTERN = random.Random(6).randbytes(1 << 20)
+
+
+class MadeUpContent(RemoteContent):
+    """A file without end to its bytes: a pattern of 1 MiB, each time with another number before it."""
+
+    def read(self, start: int, end: int) -> bytes:
+        pieces = [self.head[start:end]]
+        start += len(pieces[0])
+        while start < end:
+            number, offset = divmod(start, len(PATTERN))
+            piece = (number.to_bytes(8, "little")[offset:] + PATTERN[max(8, offset) :])[: end - start]
+            pieces.append(piece)
+            start += len(piece)
+        return b"".join(pieces)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, self.size, len(PATTERN)):
+            digest.update(self.read(start, min(start + len(PATTERN), self.size)))
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Request:
     path: str
@@ -48,7 +74,11 @@ class Handler(BaseHTTPRequestHandler):
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().setup()
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
+        self._answered = False
         number = self.server.record(Request(self.path, dict(self.headers.items())))
         behaviours = self.server.routes.get(self.path.partition("?")[0], (refuse(404),))
         with contextlib.suppress(ConnectionError):
@@ -61,12 +91,17 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {status} Status"] + [
             f"{name}: {value}" for name, value in sent.items() if value is not None
         ]
-        self.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.write("\r\n".join([*lines, "", ""]).encode())
+        self._answered = True
+        self.write(body)
 
     def write(self, data: bytes) -> None:
+        if self.command == "HEAD" and self._answered:
+            return
+        view = memoryview(data)
         for start in range(0, len(data), BLOCK_BYTES):
-            self.wfile.write(data[start : start + BLOCK_BYTES])
-            self.server.sent_bytes += len(data[start : start + BLOCK_BYTES])
+            self.wfile.write(view[start : start + BLOCK_BYTES])
+            self.server.count(len(view[start : start + BLOCK_BYTES]))
 
     def reset(self) -> None:
         """Ends the connection as a crash would."""
@@ -99,16 +134,16 @@ def serve(content: RemoteContent, **more: str | int | None) -> Behaviour:
             bounds = f"bytes {start}-{end - 1}/{content.size}"
             handler.answer(206, content.read(start, end), **{"Content_Range": bounds, "ETag": content.etag, **more})
         else:
-            without_ranges(content)(handler)
+            without_ranges(content, **more)(handler)
 
     return behaviour
 
 
-def without_ranges(content: RemoteContent) -> Behaviour:
+def without_ranges(content: RemoteContent, **more: str | int | None) -> Behaviour:
     """The whole file, whatever was asked for, until it is enough for the client."""
 
     def behaviour(handler: Handler) -> None:
-        handler.answer(200, Content_Length=content.size, ETag=content.etag)
+        handler.answer(200, **{"Content_Length": content.size, "ETag": content.etag, **more})
         for start in range(0, content.size, BLOCK_BYTES):
             handler.write(content.read(start, min(start + BLOCK_BYTES, content.size)))
 
@@ -186,6 +221,10 @@ class Server(ThreadingHTTPServer):
             count = sum(one.path.partition("?")[0] == request.path.partition("?")[0] for one in self.requests)
             self.requests.append(request)
             return count
+
+    def count(self, sent_bytes: int) -> None:
+        with self._lock:
+            self.sent_bytes += sent_bytes
 
     @property
     def url(self) -> str:

@@ -14,6 +14,8 @@ import gguf
 import numpy as np
 from synthetic import Spec, add_metadata, add_vocabulary, attention, common, experts, feed_forward, with_oss_experts
 
+from pyllamarun.models.gguf import read_header
+from pyllamarun.models.skeleton import padded
 from pyllamarun.models.types import TENSOR_TYPES
 
 N_VOCAB = 32000
@@ -127,4 +129,29 @@ def write(spec: Spec, path: Path) -> Path:
     with path.open("r+b") as file:
         end = file.seek(0, 2)
         file.truncate(gguf.GGUFWriter.ggml_pad(end, writer.data_alignment) + size)
+    return path
+
+
+# Where the scales of a block are, which must be numbers: block_q4_K and block_q6_K in ggml/src/ggml-common.h.
+SCALE_BYTES = {"Q4_K": (0, 2), "Q6_K": (208,)}
+
+
+def fill(path: Path, *, seed: int = 0) -> Path:
+    """Gives a model of matrices in Q4_K and Q6_K random weights that are small, and norms of ones; returns its path."""
+    random = np.random.default_rng(seed)
+    header = read_header(path)
+    start = header.file_bytes - sum(padded(tensor.size_bytes) for tensor in header.tensors)
+    with path.open("r+b") as file:
+        for tensor in header.tensors:
+            file.seek(start + tensor.offset)
+            if tensor.type.name == "F32":
+                file.write(np.ones(tensor.size_bytes // 4, np.float32).tobytes())
+                continue
+            blocks = (
+                np.frombuffer(random.bytes(tensor.size_bytes), np.uint8).copy().reshape(-1, tensor.type.block_bytes)
+            )
+            for position in SCALE_BYTES[tensor.type.name]:
+                scales = (random.random(len(blocks)) * 1e-4).astype(np.float16)
+                blocks[:, position : position + 2] = scales.view(np.uint8).reshape(-1, 2)
+            file.write(blocks.tobytes())
     return path

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from harness import run_cli
+from misbehaving import RemoteContent, Server
+from remote_models import REPOSITORY, publish
 
 TEXT = (Path(__file__).parent.parent / "docs/json.md").read_text()
 BOX = ("--virtual-gpu", "450MiB", "--ram-bandwidth", "2GB/s", "--cores", "2")
@@ -53,20 +55,30 @@ def data(*arguments: str | Path) -> tuple[str, Any]:
     return envelope["kind"], envelope["data"]
 
 
-def test_every_field_is_documented(smollm2: Path, tmp_path: Path) -> None:
-    model = tmp_path / "smollm2.Q4_1.gguf"
+def test_every_field_is_documented(
+    smollm2: Path, tiny: Callable[[str], Path], hugging_face: Server, tmp_path: Path
+) -> None:
+    model, text = tmp_path / "smollm2.Q4_1.gguf", tmp_path / "text.txt"
+    text.write_text("word1 " * 1000)
     shutil.copy(smollm2, model)
+    publish(hugging_face, {"m-Q4_0.gguf": RemoteContent(tiny("llama").read_bytes())})
+    pulled = f"hf:{REPOSITORY}:Q4_0"
     seen: dict[str, set[str]] = {}
     for arguments in (
         ("doctor",),
+        ("pull", pulled, *BOX),
         ("list",),
+        ("verify", "--deep"),
+        ("rm", pulled, "--yes"),
         ("inspect", model),
         ("plan", model, *BOX, "--advice"),
         ("plan", model, "--virtual-gpu", "450MiB,400MiB", "--goal", "throughput"),
         ("plan", model, *BOX, "--compare", "ctx"),
         ("plan", model, *BOX, "--compare", "quants"),
         ("rehearse", model, *BOX),
-        ("quantize", model, "Q3_K_M"),
+        ("quantize", model, "Q3_K_M", *BOX),
+        ("quantize", model, "Q2_K", "--dry-run", *BOX),
+        ("compare", tiny("llama"), tiny("llama"), "--text", text, "-c", "256", "--chunks", "2"),
     ):
         kind, found = data(*arguments)
         seen.setdefault(kind, set()).update(leaves(found))
@@ -79,7 +91,7 @@ def test_every_field_is_documented(smollm2: Path, tmp_path: Path) -> None:
 def test_every_documented_field_of_a_plan_occurs(header_70b: Path, tmp_path: Path) -> None:
     desk = tmp_path / "desk.toml"
     desk.write_text('gpus = ["RTX 3060"]\nram = "64GiB"\nram_bandwidth = "2GB/s"\ncores = 2\n')
-    _, found = data("plan", header_70b, "--machine", desk, "--advice")
+    _, found = data("plan", header_70b, "--machine", desk, "--advice", "--allow", "quant")
     occurring = set(leaves(found))
     absent = [
         name

@@ -130,10 +130,10 @@ void split(llama_context & context, common_batch & batch, const Visit & visit) {
     } while (memory->next());
 }
 
-// The shape of a ubatch of several slots' prompts.
+// The shape of a ubatch; of one that was not split by sequences, llama.cpp calls each token a sequence.
 Shape shape_of(const llama_ubatch & ubatch) {
     const uint32_t outputs = uint32_t(std::count(ubatch.output, ubatch.output + ubatch.n_tokens, int8_t(1)));
-    return {ubatch.n_tokens, ubatch.n_seqs, outputs > 0 ? outputs : kNone};
+    return {ubatch.n_tokens, ubatch.equal_seqs() ? ubatch.n_seqs : 1, outputs > 0 ? outputs : kNone};
 }
 
 // Calls visit(shape, prompt_tokens, memory) for ubatches of the longest prompt in one slot; prompt_tokens is the length
@@ -236,6 +236,27 @@ void fill_together(llama_context & context, const Visit & visit) {
     }
 }
 
+// The ubatches of chunks, each in a sequence of its own, as many as a batch holds and, at a text's end, fewer.
+template <typename Visit>
+void read_chunks(llama_context & context, const Chunks & chunks, const Visit & visit) {
+    const llama_cparams & params = context.get_cparams();
+    for (uint32_t sequences = params.n_seq_max; sequences > 0; sequences--) {
+        context.get_memory()->clear(/*data=*/false);
+        for (uint32_t start = 0; start < chunks.tokens; start += params.n_batch) {
+            const uint32_t end = std::min(chunks.tokens, start + params.n_batch);
+            common_batch batch(&context);
+            for (uint32_t sequence = 0; sequence < sequences; sequence++) {
+                for (uint32_t position = start; position < end; position++) {
+                    batch.add(0, int32_t(position), int32_t(sequence), position >= chunks.first_output);
+                }
+            }
+            split(context, batch, [&](const llama_ubatch & ubatch, const llama_memory_context_i * memory) {
+                visit(shape_of(ubatch), chunks.tokens, memory);
+            });
+        }
+    }
+}
+
 // Measures with take(tokens) these token counts, in falling order, and where more tokens take less than fewer do, those
 // in between that take most: a graph is laid out anew there.
 template <typename Take>
@@ -260,7 +281,8 @@ void measure_drops(const std::vector<uint32_t> & tokens, const Take & take) {
 }
 
 // The graphs that fall to one of `shares` contexts: each to the one that has fewest so far.
-Share measure_share(llama_context & context, NextnRows rows, bool with_rollback, size_t mine, size_t shares) {
+Share measure_share(llama_context & context, NextnRows rows, const Chunks & chunks, bool with_rollback, size_t mine,
+                    size_t shares) {
     Share share;
     size_t number = 0;
     std::vector<size_t> loads(shares, 0);
@@ -305,7 +327,9 @@ Share measure_share(llama_context & context, NextnRows rows, bool with_rollback,
     if (rows != NextnRows::kNone) {
         context.set_embeddings_nextn(true, /*masked=*/rows == NextnRows::kOfOutputs);
     }
-    if (context.get_memory()) {
+    if (context.get_memory() && chunks.tokens > 0) {
+        read_chunks(context, chunks, measure);
+    } else if (context.get_memory()) {
         fill_a_slot(context, measure_sizes, measure, measure_rollback);
         // Where slots share one cache, their ubatches are in effect those of one long prompt.
         if (context.get_cparams().n_seq_max > 1 && !context.get_cparams().kv_unified) {
@@ -376,13 +400,13 @@ extern "C" void ggml_backend_sched_reserve_size(ggml_backend_sched_t sched, ggml
 }
 
 ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts, NextnRows rows,
-                                     bool with_rollback) {
+                                     const Chunks & chunks, bool with_rollback) {
     std::vector<std::future<Share>> others;
     for (size_t i = 1; i < contexts.size(); i++) {
-        others.push_back(
-            std::async(std::launch::async, measure_share, std::ref(*contexts[i]), rows, false, i, contexts.size()));
+        others.push_back(std::async(std::launch::async, measure_share, std::ref(*contexts[i]), rows, chunks, false, i,
+                                    contexts.size()));
     }
-    std::vector<Share> shares{measure_share(*contexts[0], rows, with_rollback, 0, contexts.size())};
+    std::vector<Share> shares{measure_share(*contexts[0], rows, chunks, with_rollback, 0, contexts.size())};
     for (std::future<Share> & other : others) {
         shares.push_back(other.get());
     }

@@ -8,13 +8,14 @@
 
 #include "ggml-backend.h"
 #include "graph_steps.h"
+#include "programs.h"
 #include "scratch_memory.h"
 
 struct llama_context;
 
 struct ComputeBuffer {
     size_t at_ready = 0;               // what llama_context::sched_reserve allocates
-    size_t in_use = 0;                 // the largest it becomes while prompts fill one slot's context
+    size_t in_use = 0;                 // the largest it becomes while prompts fill the slots, or chunks are read
     uint32_t worst_prompt_tokens = 0;  // a prompt of this length makes it so; 0 if it does not grow
 };
 
@@ -36,4 +37,5 @@ enum class NextnRows { kNone, kAll, kOfOutputs };
 // built; ggml_backend_sched_reserve, which allocates, does not).  And the graph that it reserves for is not always the
 // largest: where layers are split between GPU and CPU, each change between a prompt and generation lays the buffer out
 // anew, and smaller tensors can be laid out worse.
-ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts, NextnRows rows, bool with_rollback);
+ComputeMemory measure_compute_memory(const std::vector<llama_context *> & contexts, NextnRows rows,
+                                     const Chunks & chunks, bool with_rollback);

@@ -2,6 +2,8 @@
 //
 //   pyllamarun-probe                          answers each line of its input with one line of JSON:
 //                                             an array of llama-server arguments   what they take (measure.h)
+//                                             {"program": "llama-perplexity", "arguments": […]}
+//                                                                                  the same for that program
 //                                             "devices"                            the devices (machine.h), as they
 //                                                                                  were when it started
 //                                             {"cards": "…"}                       {}: which cards the devices are
@@ -52,11 +54,15 @@ json answer(const std::string & line, const json & devices, CapturedLog & log) {
         if (question == "devices") {
             return devices;
         }
+        if (question.is_object() && question.contains("program")) {
+            return measure_memory(question.at("program").get<std::string>(),
+                                  question.at("arguments").get<std::vector<std::string>>());
+        }
         if (question.is_object()) {
             setenv("PYLLAMARUN_CARDS", question.at("cards").get<std::string>().c_str(), 1);
             return json::object();
         }
-        return measure_memory(question.get<std::vector<std::string>>());
+        return measure_memory("llama-server", question.get<std::vector<std::string>>());
     } catch (const std::exception & e) {
         return error(e.what(), log.lines());
     }

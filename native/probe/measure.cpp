@@ -7,15 +7,17 @@
 #include <future>
 #include <stdexcept>
 
-#include "arg.h"
 #include "captured_log.h"
 #include "common.h"
 #include "compute_buffers.h"
 #include "ggml-backend.h"
+#include "llama-context.h"
 #include "llama-cpp.h"
 #include "llama-ext.h"
+#include "llama-model.h"
 #include "llama.h"
 #include "mtmd.h"
+#include "programs.h"
 #include "sampling.h"
 #include "speculative.h"
 
@@ -24,49 +26,6 @@ using json = nlohmann::ordered_json;
 namespace {
 
 constexpr size_t kMostContexts = 4;
-
-// llama-server's own treatment of its arguments after parsing them: llama_server() in tools/server/server.cpp and
-// server_output_limits() in tools/server/server-context.cpp.
-common_params server_params(const std::vector<std::string> & arguments) {
-    std::vector<std::string> owned{"llama-server"};
-    owned.insert(owned.end(), arguments.begin(), arguments.end());
-    std::vector<char *> argv;
-    for (std::string & argument : owned) {
-        argv.push_back(argument.data());
-    }
-    common_params params;
-    if (!common_params_parse(int(argv.size()), argv.data(), params, LLAMA_EXAMPLE_SERVER)) {
-        throw std::runtime_error("llama-server refuses these arguments");
-    }
-    if (params.model.path.empty()) {
-        throw std::runtime_error("the arguments name no model file (-m)");
-    }
-    if (!params.lora_adapters.empty() || !params.control_vectors.empty()) {
-        throw std::runtime_error("LoRA adapters and control vectors cannot be counted before they are loaded");
-    }
-    if (params.embedding) {
-        params.n_batch = std::min(params.n_batch, params.n_ubatch);
-    }
-    if (params.n_parallel < 0) {
-        params.n_parallel = 4;
-        params.kv_unified = true;
-    }
-    if (params.kv_unified_per_slot > 0 && params.n_ctx == 0 && uint32_t(params.fit_params_min_ctx) != UINT32_MAX) {
-        params.n_ctx = params.n_parallel * params.kv_unified_per_slot;
-    }
-    const bool pools =
-        params.pooling_type != LLAMA_POOLING_TYPE_UNSPECIFIED && params.pooling_type != LLAMA_POOLING_TYPE_NONE;
-    if (params.embedding || pools) {
-        params.n_outputs_max = params.n_batch;
-        params.n_outputs_max_per_seq = 1;
-    } else {
-        const auto limits = common_speculative_get_output_limits(params.n_batch, params.n_parallel,
-                                                                 common_speculative_n_max(&params.speculative));
-        params.n_outputs_max = std::max(1, int(limits.total));
-        params.n_outputs_max_per_seq = std::max(1, int(limits.per_seq));
-    }
-    return params;
-}
 
 // The devices that llama_prepare_model_devices would use, as far as host buffers and mmap depend on them.
 std::vector<ggml_backend_dev_t> devices_of(const common_params & params) {
@@ -203,11 +162,11 @@ bool makes_checkpoints(const common_params & params, llama_context * context) {
     return llama_model_is_recurrent(model) || llama_model_is_hybrid(model);
 }
 
-void add_context(json & answer, const Contexts & contexts, NextnRows rows, const char * part, bool mapped,
-                 bool with_weights) {
+void add_context(json & answer, const Contexts & contexts, NextnRows rows, const Chunks & chunks, const char * part,
+                 bool mapped, bool with_weights) {
     const bool checkpoints = answer["checkpoints"] > 0;
     const auto [compute, scratch, generation, rollback_bytes] =
-        measure_compute_memory(contexts.pointers(), rows, checkpoints);
+        measure_compute_memory(contexts.pointers(), rows, chunks, checkpoints);
     answer["checkpoint_bytes"] = answer.value("checkpoint_bytes", size_t(0)) + rollback_bytes;
     json & buffers = answer["buffers"];
     add_scratch(answer, scratch, part);
@@ -232,6 +191,25 @@ void add_context(json & answer, const Contexts & contexts, NextnRows rows, const
                 buffers.back()["worst_prompt_tokens"] = found->second.worst_prompt_tokens;
             }
         }
+    }
+}
+
+// Where logits of whole chunks are wanted: the buffer that a decoded batch's come into, which llama_context keeps apart
+// from what it reports (llama_context::output_reserve), and what the program makes of a chunk's.
+void add_outputs(json & buffers, const llama_context & context, Program program, const Chunks & chunks) {
+    const llama_model & model = context.get_model();
+    const size_t n_vocab = model.vocab.n_tokens();
+    const size_t sequences = context.get_cparams().n_seq_max;
+    const size_t outputs =
+        std::min<size_t>(context.get_cparams().n_batch, sequences * (chunks.tokens - chunks.first_output));
+    ggml_backend_dev_t output_device = model.dev_output();
+    ggml_backend_buffer_type_t host = output_device ? ggml_backend_dev_host_buffer_type(output_device) : nullptr;
+    ggml_backend_buffer_type_t type = host ? host : ggml_backend_cpu_buffer_type();
+    const char * name = ggml_backend_buft_name(type);
+    buffers.push_back(buffer("CPU", name, "model", "compute", kind_of(type, false), outputs * n_vocab * sizeof(float)));
+    const size_t own = own_bytes(program, chunks, n_vocab);
+    if (own > 0) {
+        buffers.push_back(buffer("CPU", "program", "model", "compute", "host", own));
     }
 }
 
@@ -331,7 +309,7 @@ void add_draft(json & answer, common_params & params, llama_model * target, llam
         draft = load(draft_params, mapped);
     }
     const Contexts contexts = open(has_draft ? draft.get() : target, context_params, 1);
-    add_context(answer, contexts, mtp ? NextnRows::kOfOutputs : NextnRows::kNone, "draft", mapped, has_draft);
+    add_context(answer, contexts, mtp ? NextnRows::kOfOutputs : NextnRows::kNone, {}, "draft", mapped, has_draft);
 }
 
 // server_context_impl::load_model's parameters for the vision or audio projector.
@@ -362,8 +340,9 @@ void add_mmproj(json & buffers, const common_params & params) {
 
 }  // namespace
 
-json measure_memory(const std::vector<std::string> & server_arguments) {
-    common_params params = server_params(server_arguments);
+json measure_memory(const std::string & program_name, const std::vector<std::string> & arguments) {
+    const Program program = program_called(program_name);
+    common_params params = params_of(program, arguments);
     const auto start = std::chrono::steady_clock::now();
     const bool mapped = maps_the_file(params);
     llama_model_ptr model = load(params, mapped);
@@ -384,8 +363,14 @@ json measure_memory(const std::vector<std::string> & server_arguments) {
     answer["buffers"] = json::array();
     answer["scratch"] = json::array();
     answer["graphs"] = json::array();
-    answer["checkpoints"] = makes_checkpoints(params, context) ? params.n_ctx_checkpoints : 0;
-    add_context(answer, contexts, predicts_many(params) ? NextnRows::kAll : NextnRows::kNone, "model", mapped, true);
+    const Chunks chunks = chunks_of(program, params);
+    const bool serves = chunks.tokens == 0;
+    answer["checkpoints"] = serves && makes_checkpoints(params, context) ? params.n_ctx_checkpoints : 0;
+    add_context(answer, contexts, predicts_many(params) ? NextnRows::kAll : NextnRows::kNone, chunks, "model", mapped,
+                true);
+    if (chunks.tokens > 0) {
+        add_outputs(answer["buffers"], *context, program, chunks);
+    }
     add_draft(answer, params, model.get(), context, mapped);
     add_mmproj(answer["buffers"], params);
     const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;

@@ -1,4 +1,4 @@
-// How much memory llama-server would allocate, asked of llama.cpp itself.
+// How much memory llama-server, or a program that reads text in chunks, would allocate, asked of llama.cpp itself.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -24,8 +24,11 @@
 // graphs: [{"part": "model", "splits": 5, "devices": [{"device": "CUDA0", "products": …, "others": …}, …]}, …], the
 // steps that one generated token takes (graph_steps.h).
 //
+// llama-perplexity and llama-imatrix are asked about by their own arguments; what they take is what they reach while
+// they read chunks, and among the buffers in host memory are also those of the logits.
+//
 // checkpoints, checkpoint_bytes: how many copies of sliding windows and recurrent states llama-server keeps at most for
 // each slot, in plain memory, and what one takes at most; 0 where it makes none.
 //
-// Throws std::runtime_error with llama.cpp's own reason where llama-server would refuse.  `-fit` is taken as off.
-nlohmann::ordered_json measure_memory(const std::vector<std::string> & server_arguments);
+// Throws std::runtime_error with llama.cpp's own reason where the program would refuse.  `-fit` is taken as off.
+nlohmann::ordered_json measure_memory(const std::string & program, const std::vector<std::string> & arguments);

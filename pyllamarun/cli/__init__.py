@@ -15,7 +15,9 @@ import click
 from pyllamarun import __version__
 from pyllamarun.errors import PyllamarunError
 
-COMMANDS = ("doctor", "list", "inspect", "plan", "rehearse", "quantize", "run", "serve")
+COMMANDS = (
+    "doctor", "list", "inspect", "plan", "rehearse", "pull", "verify", "rm", "quantize", "compare", "run", "serve",
+)  # fmt: skip
 INTERRUPTED, TERMINATED = 130, 143
 
 

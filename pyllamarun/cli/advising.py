@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
+from dataclasses import replace
 
-from pyllamarun import output
+from pyllamarun import output, shell
 from pyllamarun.cli.options import PlanOptions
 from pyllamarun.cli.planning import Planned, wanted_request
 from pyllamarun.errors import DoesNotFit
@@ -17,9 +17,12 @@ from pyllamarun.whatif import advise
 
 
 def advice_for(planned: Planned, options: PlanOptions) -> tuple[Advice, ...]:
-    """What would help a plan."""
+    """What would help a plan; its model, where it is a requantization that is not made yet, has to be made first."""
     with output.status("looking for what would help"):
-        return advise(planned.planner, planned.model, wanted_request(options), planned.plan)
+        advice = advise(planned.planner, planned.model, wanted_request(options), planned.plan)
+    if planned.plan.requantization is None or planned.is_here:
+        return advice
+    return tuple(replace(one, command=planned.first) for one in advice)
 
 
 def with_advice(
@@ -37,5 +40,5 @@ def advice_lines(advice: tuple[Advice, ...], options: PlanOptions) -> list[str]:
 
 
 def _command(advice: Advice, options: PlanOptions) -> str:
-    plan = shlex.join(options.words("plan", advice.source, advice.words, advice.arguments))
+    plan = shell.join(options.words("plan", advice.source, advice.words, advice.arguments))
     return f"{advice.command} && {plan}" if advice.command else plan

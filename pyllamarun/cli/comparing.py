@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyllamarun import output
+from pyllamarun import output, shell
 from pyllamarun.cli.options import PlanOptions
 from pyllamarun.cli.planning import Planned, wanted_machine, wanted_request
 from pyllamarun.errors import DoesNotFit
@@ -41,9 +40,9 @@ def print_models(options: PlanOptions, sources: Sequence[Source], plot: str | No
 def plot_plan(planned: Planned, options: PlanOptions, path: Path) -> None:
     """The plan's layers, and how fast it would be with other budgets and other quantizations."""
     request = wanted_request(options)
-    axes = ["vram"] * bool(planned.plan.devices) + ["quants"]
+    axes = [("vram", planned.model)] * bool(planned.plan.devices) + [("quants", planned.named)]
     with output.status("comparing") as show:
-        comparisons = [compare(planned.planner, planned.model, request, axis, show) for axis in axes]
+        comparisons = [compare(planned.planner, model, request, axis, show) for axis, model in axes]
     write_plot(path, comparisons, (planned.plan, planned.model.header))
 
 
@@ -65,5 +64,5 @@ def _commands(comparison: Comparison, options: PlanOptions) -> list[str]:
     row = comparison.recommended_row
     if row is None:
         return []
-    plan = shlex.join(options.words("plan", row.source, row.words))
+    plan = shell.join(options.words("plan", row.source, row.words))
     return [row.command, plan] if row.command else [plan]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from pyllamarun.cli.options import MachineOptions, as_json, machine
 if TYPE_CHECKING:
     from pyllamarun.fitting import Fit
     from pyllamarun.models.catalog import Entry
+    from pyllamarun.models.store import Begun
 
 
 @click.command(name="list", short_help="The models on this machine, and whether each fits now.")
@@ -33,22 +34,27 @@ def command(machine: MachineOptions, with_plans: bool, as_json: bool) -> None:
 
     from pyllamarun import output, paths
     from pyllamarun.models.catalog import Catalog
+    from pyllamarun.models.pulling import is_here
     from pyllamarun.models.report import describe_entries
+    from pyllamarun.models.store import open_index
     from pyllamarun.models.stores import all_stored
+    from pyllamarun.units import format_size
 
-    catalog = Catalog(paths.state_folder() / "catalog.json")
-    entries = list(catalog.entries(all_stored()))
-    catalog.save()
+    with open_index(output.note) as index:
+        catalog = Catalog(index)
+        entries = list(catalog.entries(all_stored()))
+        catalog.save()
+        begun = [_begun(one) for one in index.begun() if not is_here(one)]
     sound = [entry for entry in entries if not entry.problem]
     planned = dict(zip((entry.path for entry in sound), _planned(sound, machine) if with_plans and sound else ()))
     if as_json:
         models = [asdict(entry) | {"fits": _as_data(planned.get(entry.path))} for entry in entries]
-        output.print_json(output.envelope("list", {"models": models}))
-    elif not entries:
+        output.print_json(output.envelope("list", {"models": models, "begun": begun}))
+    elif not entries and not begun:
         output.note(f"There is no model on this machine.  pyllamarun keeps its own in {paths.models_folder()}.")
-    elif not planned:
+    elif entries and not planned:
         output.print_text(describe_entries(entries))
-    else:
+    elif entries:
         found = [planned.get(entry.path) for entry in entries]
         columns = {
             "FITS": [one.words if one else "" for one in found],
@@ -56,6 +62,29 @@ def command(machine: MachineOptions, with_plans: bool, as_json: bool) -> None:
         }
         remarks = {entry.name: one.reason for entry, one in zip(entries, found) if one and one.reason}
         output.print_text(describe_entries(entries, columns, remarks))
+    if not as_json:
+        for one in begun:
+            output.print_text(
+                output.printable(
+                    f"Begun: {one['source']}, {format_size(one['present_bytes'])} of {format_size(one['size_bytes'])}."
+                    f"  To go on: {one['command']}"
+                )
+            )
+
+
+def _begun(one: Begun) -> dict[str, Any]:
+    """A pull that has not ended; one that goes on just now, too."""
+    from pyllamarun import shell
+    from pyllamarun.models.pulling import present_bytes
+
+    return {
+        "source": one.source,
+        "path": one.path,
+        "size_bytes": one.size_bytes,
+        "present_bytes": present_bytes(one.targets),
+        "since": one.since,
+        "command": shell.join(["pyllamarun", "pull", one.source]),
+    }
 
 
 def _planned(entries: Sequence[Entry], machine: MachineOptions) -> list[Fit]:

@@ -23,9 +23,27 @@ SETTLED = ("model", "passthrough", "vram", "ram", "context", "slots", "overhead"
 # llama.cpp's arguments that have their own place on our command line.
 OURS = ("-m", "--model", "-c", "--ctx-size", "-np", "--parallel", "--host", "--port", "-p", "--prompt", "-fit", "--fit")
 
+PASSTHROUGH = "pyllamarun.passthrough"
+
 DEFAULTS = {"-c": 4096, "--goal": "latency"}
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+vram = click.option(
+    "--vram", metavar="SIZE", default=None,
+    help="What this process may hold on the GPU, at any moment: 11.5GiB, 12GB, 95%, max, max-300MiB; "
+    "one value a GPU, comma-separated.  Default: all that is free.",
+)  # fmt: skip
+ram = click.option(
+    "--ram", metavar="SIZE", default=None,
+    help="What this process may take of host memory: 64GiB, 80%, max, max-4GiB; with a card that is not here, the "
+    "RAM of that machine.  Default: all that is available.",
+)  # fmt: skip
+overhead = click.option(
+    "--overhead", metavar="SIZE", default=None,
+    help="What the process holds on each GPU besides llama.cpp's buffers.  Default: a CUDA context, assumed to be "
+    "300MiB, and the scratch memory that ggml-cuda will take.",
+)  # fmt: skip
+force = click.option("--force", is_flag=True, help="Go on with what does not fit.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the llama.cpp command line and do nothing.")
 
 
@@ -63,11 +81,13 @@ class PlanOptions:
     ) -> list[str]:
         """What to type for a command with these options, some of them replaced: ("-c", "8192"), or with "" taken away.
 
-        `arguments` go to llama.cpp, beside those that were given.
+        `arguments` go to llama.cpp, beside those that were given.  This very model was planned, so no other type of it
+        is allowed.
         """
+        allowed = ",".join(word for word in (self.allow or "").split(",") if word.strip() != "quant")
         said: dict[str, Any] = {
             "--vram": self.vram, "--ram": self.ram, "-c": self.context, "--slots": self.slots,
-            "--overhead": self.overhead, "--allow": self.allow, "--goal": self.goal, "--rpc": self.rpc,
+            "--overhead": self.overhead, "--allow": allowed, "--goal": self.goal, "--rpc": self.rpc,
             "--machine": self.machine.file, "--gpu": self.machine.gpu,
             "--virtual-gpu": self.machine.virtual_gpu, "--ram-bandwidth": self.machine.ram_bandwidth,
             "--cores": self.machine.cores,
@@ -113,21 +133,26 @@ def machine(function: Function) -> Function:
     return wrapper
 
 
+class TakesArguments(click.Command):
+    """A command with any number of MODELs, after which `-- LLAMA.CPP ARGUMENTS` may stand: in the context's meta."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        position = args.index("--") if "--" in args else len(args)
+        ctx.meta[PASSTHROUGH] = tuple(args[position + 1 :])
+        _check_passthrough(ctx.meta[PASSTHROUGH])
+        return super().parse_args(ctx, args[:position])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- LLAMA.CPP ARGUMENTS]"]
+
+
 def planning(function: Function) -> Function:
     """Adds MODEL, the planning options and `-- LLAMA.CPP ARGUMENTS`; passes them as one `options`."""
 
     @click.argument("model", required=False)
     @click.argument("passthrough", nargs=-1, type=click.UNPROCESSED, metavar="[-- LLAMA.CPP ARGUMENTS]")
-    @click.option(
-        "--vram", metavar="SIZE", default=None,
-        help="What this process may hold on the GPU, at any moment: 11.5GiB, 12GB, 95%, max, max-300MiB; "
-        "one value a GPU, comma-separated.  Default: all that is free.",
-    )  # fmt: skip
-    @click.option(
-        "--ram", metavar="SIZE", default=None,
-        help="What this process may take of host memory: 64GiB, 80%, max, max-4GiB; with a card that is not here, the "
-        "RAM of that machine.  Default: all that is available.",
-    )  # fmt: skip
+    @vram
+    @ram
     @click.option(
         "-c", "--context", metavar="TOKENS", type=click.IntRange(min=1), default=DEFAULTS["-c"], show_default=True,
         help="Context, shared by the slots.",
@@ -143,24 +168,21 @@ def planning(function: Function) -> Function:
     @click.option(
         "--allow", metavar="WHAT[,WHAT]", default=None,
         help="What may be changed where that gains clearly: kv (a KV cache in q8_0 or q4_0), ub (other ubatches), ctx "
-        "(half of the context, as often as need be).",
+        "(half of the context, as often as need be); quant (a smaller type of the model, where it is slow or does not "
+        "fit with all that: `plan` says which, and how to make it).",
     )  # fmt: skip
     @click.option(
         "--rpc", metavar="HOST:PORT[,HOST:PORT]", default=None,
         help="GPUs of other machines, where ggml-rpc-server runs: they count as GPUs before this machine's own, also "
         "in the order of --vram.  In a network that you trust only.",
     )  # fmt: skip
-    @click.option(
-        "--overhead", metavar="SIZE", default=None,
-        help="What the process holds on each GPU besides llama.cpp's buffers.  Default: a CUDA context, assumed to be "
-        "300MiB, and the scratch memory that ggml-cuda will take.",
-    )  # fmt: skip
+    @overhead
     @machine
     @click.option(
         "--plan", "plan_file", metavar="FILE", default=None,
         help="In place of MODEL and all of the above: a plan that `pyllamarun plan --save FILE` kept.",
     )  # fmt: skip
-    @click.option("--force", is_flag=True, help="Go on with what does not fit.")
+    @force
     @functools.wraps(function)
     def wrapper(
         model: str | None, plan_file: str | None, passthrough: tuple[str, ...], machine: MachineOptions,
@@ -176,18 +198,22 @@ def planning(function: Function) -> Function:
                 f'"{passthrough[0]}" is one argument too many.',
                 remedy="Write `--` before arguments that are meant for llama.cpp.",
             )
-        for word in passthrough:
-            if word.partition("=")[0] in OURS:
-                raise UsageError(
-                    f"{word} cannot stand after `--`.",
-                    remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
-                )
+        _check_passthrough(passthrough)
         options = PlanOptions(
             model or "", plan_file, machine, vram, ram, context, slots, overhead, allow, goal, rpc, force, passthrough
         )
         return function(options=options, **others)
 
     return wrapper
+
+
+def _check_passthrough(passthrough: tuple[str, ...]) -> None:
+    for word in passthrough:
+        if word.partition("=")[0] in OURS:
+            raise UsageError(
+                f"{word} cannot stand after `--`.",
+                remedy="It has a place before it: MODEL -c TOKENS --slots N -p PROMPT --host HOST --port PORT.",
+            )
 
 
 def _check_alone() -> None:

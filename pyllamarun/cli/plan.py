@@ -131,8 +131,8 @@ def _print_words(plan: Planned, line: str, *, explain: bool) -> None:
     from pyllamarun.planning.report import describe
 
     output.print_text(describe(plan.plan, line, plan.stage.description, output.screen(), explain=explain))
-    if not plan.model.source.is_here:
-        output.print_text(f"The model is not on this machine yet: {plan.model.source.pull_command}")
+    if not plan.is_here:
+        output.print_text(f"The model is not on this machine yet.  First: {plan.first}")
 
 
 def _advised(plan: Planned, options: PlanOptions, as_json: bool) -> Planned:

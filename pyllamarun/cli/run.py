@@ -38,7 +38,7 @@ def command(options: PlanOptions, prompt: str, predict: int | None, dry_run: boo
         if dry_run:
             output.print_text(plan.shell_line(argv))
             return
-        plan.model.source.check_here()
+        plan.check_here()
         for warning in plan.plan.warnings:
             output.note(f"warning: {warning}")
         if plan.stage.description:

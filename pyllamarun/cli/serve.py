@@ -32,7 +32,7 @@ def command(options: PlanOptions, host: str, port: int, dry_run: bool) -> None:
         if dry_run:
             output.print_text(plan.shell_line(argv))
             return
-        plan.model.source.check_here()
+        plan.check_here()
         check_port(host, port)
         for warning in plan.plan.warnings:
             output.note(f"warning: {warning}")

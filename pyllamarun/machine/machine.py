@@ -61,8 +61,8 @@ class Machine:
         toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         path = Path(path)
         try:
-            text = path.read_bytes()[:MIB].decode("utf-8")
-            facts = toml.loads(text)
+            with path.open("rb") as file:
+                facts = toml.loads(file.read(MIB).decode("utf-8"))
         except OSError as error:
             raise UsageError(f"{path} cannot be read.", why=error.strerror or "", remedy=_remedy()) from None
         except (UnicodeDecodeError, toml.TOMLDecodeError) as error:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from pyllamarun import __version__
 from pyllamarun.errors import ModelError, UsageError
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.names import quantization
+from pyllamarun.models.store import Index
 from pyllamarun.models.stores import Stored
 from pyllamarun.output import printable
 
@@ -37,49 +35,38 @@ class Entry:
 
 
 class Catalog:
-    """Entries that were made before, in one file: a header is read again only when its file has changed.
+    """Entries that were made before, from the index: a header is read again only when its file has changed.
 
     A vocabulary takes a tenth of a second to step over, and some people keep hundreds of models.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._known = self._load()
-        self._made: dict[str, Any] = {}
-
-    def _load(self) -> dict[str, Any]:
-        try:
-            data = json.loads(self._file.read_text(encoding="utf-8"))
-            return dict(data["entries"]) if data["version"] == __version__ else {}
-        except (OSError, ValueError, TypeError, KeyError):
-            return {}
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._known = index.headers()
+        self._asked: set[str] = set()
+        self._made: list[tuple[str, str, str]] = []
 
     def entries(self, stored: Iterable[Stored]) -> Iterator[Entry]:
         for one in stored:
             yield self._entry(one)
 
     def _entry(self, one: Stored) -> Entry:
-        stamp = [_stamp(part) for part in one.parts]
+        path, stamp = str(one.path), json.dumps([_stamp(part) for part in one.parts])
+        self._asked.add(path)
         try:
-            known = self._known[str(one.path)]
-            entry = Entry(**known["entry"])
-            if known["stamp"] != stamp or (entry.store, entry.name, entry.parts) != (one.store, one.name, len(stamp)):
+            known_stamp, known = self._known[path]
+            entry = Entry(**json.loads(known))
+            if known_stamp != stamp or (entry.store, entry.name, entry.parts) != (one.store, one.name, len(one.parts)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             entry = read_entry(one)
-        if not one.problem:
-            self._made[str(one.path)] = {"stamp": stamp, "entry": asdict(entry)}
+            if not one.problem:
+                self._made.append((path, stamp, json.dumps(asdict(entry))))
         return entry
 
     def save(self) -> None:
-        """Keeps the entries that were asked for, if the file can be written."""
-        partial = self._file.with_suffix(f".{os.getpid()}.partial")
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"version": __version__, "entries": self._made}), encoding="utf-8")
-            partial.replace(self._file)
-        except (OSError, ValueError):
-            pass
+        """Keeps the entries that were made, and drops those that were not asked for."""
+        self._index.keep_headers(self._made, self._known.keys() - self._asked)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -47,9 +47,10 @@ class Interrupted(Exception):
 class Web:
     """One session with web servers: connections are kept open between requests."""
 
-    def __init__(self, patience: Patience = Patience()) -> None:
+    def __init__(self, patience: Patience = Patience(), receive_buffer_bytes: int = RECEIVE_BUFFER_BYTES) -> None:
+        """With 0, the system sizes the receive buffers, as far as a long line needs."""
         self.patience = patience
-        self._session = _session()
+        self._session = _session(receive_buffer_bytes)
 
     def close(self) -> None:
         self._session.close()
@@ -121,13 +122,16 @@ class Web:
         self._session.cookies.clear()  # none that another host could see
         return response
 
-    def body(self, response: requests.Response) -> Iterator[bytes]:
-        """The pieces of a body as they come.  Raises Interrupted when it ends early, stalls or trickles."""
+    def body(self, response: requests.Response, piece_bytes: int = 64 << 10) -> Iterator[bytes]:
+        """The pieces of a body as they come, each of `piece_bytes` at most.
+
+        Raises Interrupted when it ends early, stalls or trickles.
+        """
         import urllib3
 
         start, received = time.monotonic(), 0
         try:
-            while piece := response.raw.read1(64 << 10, decode_content=False):
+            while piece := response.raw.read1(piece_bytes, decode_content=False):
                 received += len(piece)
                 yield piece
                 seconds = time.monotonic() - start
@@ -139,17 +143,17 @@ class Web:
             raise Interrupted(f"The connection broke after {received:,} bytes") from None
 
 
-def _session() -> requests.Session:
+def _session(receive_buffer_bytes: int) -> requests.Session:
     import socket
 
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection
 
-    class SmallBuffers(HTTPAdapter):
+    class Buffers(HTTPAdapter):
         def init_poolmanager(self, *args: Any, **options: Any) -> None:
-            buffer = (socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
-            options["socket_options"] = [*HTTPConnection.default_socket_options, buffer]
+            buffer = [(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)] if receive_buffer_bytes else []
+            options["socket_options"] = [*HTTPConnection.default_socket_options, *buffer]
             super().init_poolmanager(*args, **options)
 
     class NoRedirects(requests.Session):
@@ -158,7 +162,7 @@ def _session() -> requests.Session:
 
     session = NoRedirects()
     for scheme in ("https://", "http://"):
-        session.mount(scheme, SmallBuffers(max_retries=0))
+        session.mount(scheme, Buffers(max_retries=0))
     return session
 
 

@@ -53,11 +53,15 @@ class HubName:
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a repository; its size, where the server says it; `sha256` of large ones, and empty else."""
+    """One file of a repository; its size, where the server says it; `sha256` of large ones, and empty else.
+
+    `blob` is what Hugging Face's cache calls its content: the sha256, or git's hash of a small file; "" if not said.
+    """
 
     path: str
     size_bytes: int | None
     sha256: str
+    blob: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,16 @@ def folder_name(name: HubName) -> str:
     return name.repository + revision
 
 
-def cached_files(name: HubName) -> dict[str, Path]:
-    """The GGUF files of that repository and revision that Hugging Face's cache holds, by their names there."""
+def cache_folder(name: HubName) -> Path:
+    """Where Hugging Face's cache keeps a repository."""
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.repository.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / f"models--{name.repository.replace('/', '--')}"
+
+
+def cached_files(name: HubName) -> dict[str, Path]:
+    """The GGUF files of that repository and revision that Hugging Face's cache holds, by their names there."""
+    folder = cache_folder(name)
     try:
         commit = (folder / "refs" / name.revision).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -188,9 +197,15 @@ def _parse_listing(where: Place, body: bytes) -> Listing:
 
 def _file(entry: dict[str, Any]) -> HubFile:
     lfs = entry.get("lfs") or {}
-    sha256 = str(lfs.get("sha256") or "")
+    sha256 = _hash(lfs.get("sha256"), 64)
     size = entry.get("size")
-    return HubFile(str(entry["rfilename"]), size if isinstance(size, int) else None, sha256)
+    blob = sha256 or _hash(entry.get("blobId"), 40)
+    return HubFile(str(entry["rfilename"]), size if isinstance(size, int) else None, sha256, blob)
+
+
+def _hash(value: object, digits: int) -> str:
+    """What a server says is a hash, if it is one: it becomes the name of a file."""
+    return value if isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", value) else ""
 
 
 def choose(name: HubName, files: Sequence[HubFile]) -> str:

@@ -14,7 +14,8 @@ QUANT = re.compile(
     re.IGNORECASE,
 )
 # Files beside a model that are none: vision projectors and importance matrices.
-COMPANIONS = ("mmproj", "imatrix")
+PROJECTOR = "mmproj"
+COMPANIONS = (PROJECTOR, "imatrix")
 
 
 def is_gguf(name: str) -> bool:

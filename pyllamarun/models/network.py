@@ -13,7 +13,16 @@ from pyllamarun.errors import DownloadError, UsageError
 from pyllamarun.models import hub, stores
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.http import Web, check_url
-from pyllamarun.models.names import check_safe, is_gguf, models_among, part_names, with_quantization
+from pyllamarun.models.hub_cache import Spot
+from pyllamarun.models.names import (
+    PROJECTOR,
+    check_safe,
+    is_gguf,
+    models_among,
+    part_names,
+    quantization,
+    with_quantization,
+)
 from pyllamarun.models.refusals import Place
 from pyllamarun.models.remote import RemoteFile, read_remote_header
 from pyllamarun.models.sources import Source
@@ -56,16 +65,55 @@ def named_source(text: str) -> Source:
 def _hub_source(name: hub.HubName) -> Source:
     """A file that is here is used; where the name says none, the repository is asked which ones it has."""
     here = _here(name)
-    known = [name.file] if name.file else []
-    if name.quantization:
-        known = with_quantization(models_among(here), name.quantization)
-    if len(known) == 1 and known[0] in here:
-        return Source(str(name), here[known[0]])
+    known = _known(name, here)
+    if known:
+        return known
     if hub.is_offline():
         return _offline(name, here)
     with closing(Web()) as web:
         listing = hub.list_files(web, name)
     return _in_repository(name, listing, here, hub.choose(name, listing.files))
+
+
+def here_source(text: str) -> Source:
+    """What hf:TEXT means of what is here; no network is asked.  Raises UsageError, or DownloadError where it is not."""
+    name = hub.parse_name(text)
+    here = _here(name)
+    return _known(name, here) or _offline(name, here)
+
+
+def _known(name: hub.HubName, here: Mapping[str, Path]) -> Source | None:
+    """The file that the name leaves no doubt about, if it is here."""
+    known = [name.file] if name.file else []
+    if name.quantization:
+        known = with_quantization(models_among(here), name.quantization)
+    return Source(str(name), here[known[0]]) if len(known) == 1 and known[0] in here else None
+
+
+def projector(source: Source) -> Source:
+    """The vision projector that lies beside a model of a repository: its mmproj, F16 where there are several.
+
+    Raises UsageError where the model is from no repository, and DownloadError where there is none.
+    """
+    name = hub.parse_name(source.name[3:]) if source.name.startswith("hf:") else None
+    if name is None:
+        raise UsageError(
+            f"Which projector belongs to {source.name} is not known: an address has no list of files beside it.",
+            remedy="Pull it by its own address.",
+        )
+    here = _here(name)
+    if hub.is_offline():
+        listing = hub.Listing("", tuple(hub.HubFile(file, path.stat().st_size, "") for file, path in here.items()))
+    else:
+        with closing(Web()) as web:
+            listing = hub.list_files(web, name)
+    found = [file.path for file in listing.files if PurePosixPath(file.path).name.lower().startswith(PROJECTOR)]
+    if not found:
+        what = f"There is no {PROJECTOR}*.gguf in hf:{name.repository}."
+        raise DownloadError(what, remedy="Leave --mmproj out, or look for a repository that has one.")
+    beside = PurePosixPath(name.file).parent
+    found.sort(key=lambda path: (PurePosixPath(path).parent != beside, quantization(path) not in ("F16", "FP16"), path))
+    return _in_repository(name, listing, here, found[0])
 
 
 def _here(name: hub.HubName) -> dict[str, Path]:
@@ -84,6 +132,11 @@ def _in_repository(name: hub.HubName, listing: hub.Listing, here: Mapping[str, P
     if file in here:
         return Source(str(name), here[file])
     folder_in_repository = PurePosixPath(file).parent
+    found = [listing.file(part) for part in part_names(file)]
+    in_cache = bool(listing.commit) and all(entry and entry.blob for entry in found)
+
+    def spot(entry: hub.HubFile) -> Spot:
+        return Spot(hub.cache_folder(name), name.revision, listing.commit, entry.path, entry.blob)
 
     def find(part: Path) -> RemoteFile:
         path = str(folder_in_repository / part.name)
@@ -91,19 +144,20 @@ def _in_repository(name: hub.HubName, listing: hub.Listing, here: Mapping[str, P
         if entry is None:
             what = f"There is no {path} in hf:{name.repository}, and it is a part of {file}."
             raise DownloadError(what, remedy="Name another file; this model is not whole.")
-        return RemoteFile(hub.place(name, path, listing.commit), entry.size_bytes)
+        where = hub.place(name, path, listing.commit)
+        return RemoteFile(where, entry.size_bytes, entry.sha256, spot(entry) if in_cache else None)
 
-    return Source(str(hub.HubName(name.repository, file, revision=name.revision)), _folder(name) / file, find)
+    target = hub.cache_folder(name) / "snapshots" / listing.commit / file if in_cache else _folder(name) / file
+    return Source(str(hub.HubName(name.repository, file, revision=name.revision)), target, find)
 
 
 def _offline(name: hub.HubName, here: Mapping[str, Path]) -> Source:
     """The model that the name means, of those that are here."""
     if not models_among(here):
-        raise DownloadError(
-            f"{name} is not on this machine.",
-            why="HF_HUB_OFFLINE is set, so Hugging Face is not asked.",
-            remedy="Unset HF_HUB_OFFLINE, or name a model that is here: `pyllamarun list`.",
-        )
+        offline = hub.is_offline()
+        why = "HF_HUB_OFFLINE is set, so Hugging Face is not asked." if offline else ""
+        remedy = ("Unset HF_HUB_OFFLINE, or name" if offline else "Name") + " a model that is here: `pyllamarun list`."
+        raise DownloadError(f"{name} is not on this machine.", why=why, remedy=remedy)
     file = hub.choose(name, [hub.HubFile(file, path.stat().st_size, "") for file, path in here.items()])
     return Source(str(name), here[file])
 

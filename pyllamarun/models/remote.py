@@ -7,13 +7,13 @@ differs is an error.  A server that heeds no ranges is read from its start and l
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from pyllamarun.errors import DownloadError
+from pyllamarun.models.answers import Answer, fault, read_answer
 from pyllamarun.models.cursor import CHUNK_BYTES
 from pyllamarun.models.gguf import Header, parse_header, read_parts
 from pyllamarun.models.http import Interrupted, Web
@@ -21,6 +21,8 @@ from pyllamarun.models.refusals import AGAIN, Place
 
 if TYPE_CHECKING:
     import requests
+
+    from pyllamarun.models.hub_cache import Spot
 
 FIRST_BYTES = 64 << 10
 # Read beyond what is known to be needed: by the first part of a model, and by the others together.  With what else
@@ -31,10 +33,15 @@ LEAST_AHEAD_BYTES = 8 << 10
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file on a server; `size_bytes` where it is known beforehand, else None."""
+    """One file on a server; `size_bytes` where it is known beforehand, else None; `sha256` where it is published.
+
+    `spot` is its place in Hugging Face's cache, where it is to be kept there.
+    """
 
     place: Place
     size_bytes: int | None = None
+    sha256: str = ""
+    spot: Spot | None = None
 
 
 def read_remote_header(web: Web, path: Path, find: Callable[[Path], RemoteFile]) -> Header:
@@ -130,17 +137,16 @@ class RangeReader(io.RawIOBase):
             headers["If-Range"] = self._version
         self._response = response = self._get(headers)
         self._direct = response.url if response.url != self._place.url else ""
-        self._check_encoding(response)
-        if response.status_code == 206:
-            self._read_range(response, wanted)
-            self._leave()
-        elif response.status_code == 416:
-            self._check_version(response, _total_bytes(response) or 0)
-            if self._position != self._size:
-                raise self._fault(f"It answers that byte {self._position:,} is past the end of {self._size:,}.")
-            self._leave()
-        else:
-            self._begin_stream(response)
+        answer = read_answer(self._place, response)
+        self._check_version(answer)
+        if not answer.is_range:
+            self._stream = _without(self._position, self._web.body(response))
+            return
+        if answer.length_bytes:
+            self._read_range(response, answer, wanted)
+        elif self._position != self._size:
+            raise fault(self._place, f"It answers that byte {self._position:,} is past the end of {self._size:,}.")
+        self._leave()
 
     def _get(self, headers: Mapping[str, str]) -> requests.Response:
         if self._direct:
@@ -150,18 +156,11 @@ class RangeReader(io.RawIOBase):
                 pass
         return self._web.get(self._place, headers)
 
-    def _read_range(self, response: requests.Response, wanted: int) -> None:
-        match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
-        if not match:
-            raise self._fault("It does not say which bytes of how many it sends.")
-        first, last, total = map(int, match.groups())
-        self._check_version(response, total)
-        left = last - first + 1
-        if first != self._position or not 0 < left <= wanted or last >= total:
-            raise self._fault(f"Asked for {wanted:,} bytes from {self._position:,} on, it sends {first:,} to {last:,}.")
-        if response.headers.get("Content-Length", str(left)) != str(left):
-            length = response.headers["Content-Length"]
-            raise self._fault(f"It announces {length} bytes for a range of {left}.")
+    def _read_range(self, response: requests.Response, answer: Answer, wanted: int) -> None:
+        left, last = answer.length_bytes, answer.start + answer.length_bytes - 1
+        if answer.start != self._position or left > wanted:
+            why = f"Asked for {wanted:,} bytes from {self._position:,} on, it sends {answer.start:,} to {last:,}."
+            raise fault(self._place, why)
         for piece in self._web.body(response):
             self._take(piece[:left])
             left -= len(piece)
@@ -169,38 +168,16 @@ class RangeReader(io.RawIOBase):
                 return
         raise Interrupted(f"An answer ended {left:,} bytes early")
 
-    def _begin_stream(self, response: requests.Response) -> None:
-        length = response.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise self._fault("It does not say how large the file is.")
-        self._check_version(response, int(length[:19]))
-        self._stream = _without(self._position, self._web.body(response))
-
-    def _check_version(self, response: requests.Response, total: int) -> None:
-        version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
-        size = total if self._size is None else self._size
-        if (self._version is not None and version != self._version) or total != size:
+    def _check_version(self, answer: Answer) -> None:
+        size = answer.total_bytes if self._size is None else self._size
+        changed = self._version is not None and answer.version != self._version
+        if changed or answer.total_bytes != size:
             raise DownloadError(
                 f"{self._place.shown} changed while it was read.",
-                why=f"It had {size:,} bytes and has {total:,}." if total != size else "Its ETag is another now.",
+                why="Its ETag is another now." if changed else f"It had {size:,} bytes and has {answer.total_bytes:,}.",
                 remedy="Try again: it is read from its start then.",
             )
-        self._version, self._size = version, size
-
-    def _check_encoding(self, response: requests.Response) -> None:
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding != "identity":
-            raise self._fault(f"It sends the file encoded ({encoding}), although it was asked not to.")
-
-    def _fault(self, why: str) -> DownloadError:
-        remedy = "Download the file by other means, and name it by its path."
-        what = f"{self._place.shown} cannot be read: its server does not do what it should."
-        return DownloadError(what, why=why, remedy=remedy)
-
-
-def _total_bytes(response: requests.Response) -> int | None:
-    match = re.fullmatch(r"bytes \*/(\d{1,18})", response.headers.get("Content-Range", ""))
-    return int(match[1]) if match else None
+        self._version, self._size = answer.version, size
 
 
 def _without(count: int, pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -8,10 +8,17 @@ from typing import Any
 
 from pyllamarun.models.catalog import Entry
 from pyllamarun.models.summary import Field, Group, Summary
+from pyllamarun.models.verify import DAMAGED, MATCHES, RECORDED, SOUND, Checked
 from pyllamarun.output import printable, table
 from pyllamarun.units import format_size
 
 SHOWN_CHARACTERS = 72
+WORDS = {
+    MATCHES: "sound, and its checksum agrees",
+    SOUND: "sound, by its header",
+    RECORDED: "sound, by its header; no checksum was known, and now it is recorded",
+    DAMAGED: "damaged",
+}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -28,6 +35,14 @@ def describe_entries(
     below = {entry.name: entry.problem for entry in entries if entry.problem} | dict(remarks)
     lines = [table(rows, header=header, right=(2, 5)), *[""] * bool(below)]
     return "\n".join(lines + [f"{printable(name)}: {text}" for name, text in below.items()])
+
+
+def describe_checked(checked: Sequence[Checked]) -> str:
+    """A line for each model, and below them what is wrong with the damaged ones."""
+    rows = [[printable(one.name), one.store, format_size(one.file_bytes), WORDS[one.verdict]] for one in checked]
+    problems = [f"{printable(one.name)}: {one.problem}" for one in checked if one.problem]
+    lines = [table(rows, header=["NAME", "STORE", "SIZE", "FOUND"], right=(2,)), *[""] * bool(problems)]
+    return "\n".join(lines + problems)
 
 
 def _row(entry: Entry) -> list[str]:

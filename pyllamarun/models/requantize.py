@@ -10,6 +10,7 @@ import math
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -17,20 +18,23 @@ from pathlib import Path
 
 from pyllamarun.errors import BinaryError, UsageError
 from pyllamarun.models.gguf import UINT32, Header, Tensor, Value
-from pyllamarun.models.quantize import FALLBACK, Start, default_target, failure
+from pyllamarun.models.quantize import ALIASES, UNQUANTIZED, Start, default_target, failure
+from pyllamarun.models.recipe import PLAIN, Recipe
 from pyllamarun.models.skeleton import file_bytes, padded
 from pyllamarun.models.types import FILE_TYPES, TENSOR_TYPES, TensorType
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml/include/ggml.h
-ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # QUANT_OPTIONS in tools/quantize/quantize.cpp
 # For models that were trained for them; another loses everything.
 SPECIAL = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4_MOE")
-UNQUANTIZED = ("F32", "F16", "BF16")
+
 AT_ONCE = 2  # dry runs; each is one thread
 
 # What a dry run prints of a tensor: llama_model_quantize_impl in src/llama-quant.cpp.
 _TENSOR = re.compile(
     r"\[ *\d+/ *\d+\] (.+?) +- \[[ \d,]+\], type = +(\w+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\w+)\))?"
+)
+_FALLBACK = re.compile(
+    r"warning: .* - ncols +\d+ not divisible by +\d+ \(required for type +(\w+)\) .*-> falling back to +(\w+)"
 )
 _NEEDS_IMATRIX = "will require an imatrix"
 _TYPES_BY_NAME: Mapping[str, TensorType] = {one.name: one for one in TENSOR_TYPES.values()}
@@ -38,13 +42,26 @@ _FILE_TYPE_NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """Tensors whose rows are no multiple of the block of the type `wanted`, and which become `given` instead."""
+
+    wanted: str
+    given: str
+    tensors: int
+
+
+@dataclass(frozen=True)
 class Requantized:
-    """A model as llama-quantize would write it, under the name that `pyllamarun quantize` gives it."""
+    """A model as llama-quantize would write it, as one file, under the name that `pyllamarun quantize` gives it."""
 
     type: str
     header: Header
-    fallback_tensors: int
+    fallbacks: tuple[Fallback, ...]
     needs_imatrix: bool
+
+    @property
+    def fallback_tensors(self) -> int:
+        return sum(one.tensors for one in self.fallbacks)
 
 
 @dataclass(frozen=True)
@@ -63,14 +80,16 @@ class Requantizations:
     left_out: tuple[LeftOut, ...]
 
 
-def requantized(start: Start, quantizer: Path, skeleton: Path, header: Header, type_name: str) -> Requantized:
+def requantized(
+    start: Start, quantizer: Path, skeleton: Path, header: Header, type_name: str, recipe: Recipe = PLAIN
+) -> Requantized:
     """The forecast for one type; `skeleton` is the model's.  Raises BinaryError where llama-quantize fails."""
-    with _dry_run(start, quantizer, skeleton, type_name) as process:
+    with _dry_run(start, quantizer, skeleton, type_name, recipe) as process:
         return _forecast(process, header, type_name)
 
 
 def requantizations(
-    start: Start, quantizer: Path, skeleton: Path, header: Header, types: Iterable[str]
+    start: Start, quantizer: Path, skeleton: Path, header: Header, types: Iterable[str], recipe: Recipe = PLAIN
 ) -> Requantizations:
     """The forecasts for all `types` that make the model smaller and need no more than the model.
 
@@ -80,7 +99,7 @@ def requantizations(
     asked = [name for name in types if name not in ALIASES]
     left_out += [LeftOut(name, "meant for models that were trained in it") for name in asked if name in SPECIAL]
     asked = [name for name in asked if name not in SPECIAL and name not in (*UNQUANTIZED, header.file_type)]
-    for type_name, process in _dry_runs(start, quantizer, skeleton, asked):
+    for type_name, process in _dry_runs(start, quantizer, skeleton, asked, recipe):
         try:
             forecast = _forecast(process, header, type_name)
         except (BinaryError, UsageError) as error:
@@ -97,19 +116,20 @@ def requantizations(
 
 
 def _dry_run(
-    start: Start, quantizer: Path, skeleton: Path, type_name: str
+    start: Start, quantizer: Path, skeleton: Path, type_name: str, recipe: Recipe
 ) -> AbstractContextManager[subprocess.Popen[str]]:
-    return start([str(quantizer), "--dry-run", "--allow-requantize", str(skeleton), os.devnull, type_name, "1"])
+    options = ["--dry-run", "--allow-requantize", *recipe.arguments()]
+    return start([str(quantizer), *options, str(skeleton), os.devnull, type_name, "1"])
 
 
 def _dry_runs(
-    start: Start, quantizer: Path, skeleton: Path, types: Sequence[str]
+    start: Start, quantizer: Path, skeleton: Path, types: Sequence[str], recipe: Recipe
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The dry runs in their order, AT_ONCE of them under way."""
     with ExitStack() as stack:
         under_way: list[tuple[str, subprocess.Popen[str]]] = []
         for type_name in types:
-            under_way.append((type_name, stack.enter_context(_dry_run(start, quantizer, skeleton, type_name))))
+            under_way.append((type_name, stack.enter_context(_dry_run(start, quantizer, skeleton, type_name, recipe))))
             if len(under_way) == AT_ONCE:
                 yield under_way.pop(0)
         yield from under_way
@@ -130,13 +150,17 @@ def _forecast(process: subprocess.Popen[str], header: Header, type_name: str) ->
             remedy="Run `pyllamarun doctor`.",
         )
     tensors = tuple(_laid_out(source, ((name, _TYPES_BY_NAME[kind.upper()]) for name, kind in chosen.items())))
-    fallback = FALLBACK.search(text)
     return Requantized(
         type=type_name,
         header=_written(header, type_name, tensors),
-        fallback_tensors=int(fallback[1]) if fallback else 0,
+        fallbacks=_fallbacks(text),
         needs_imatrix=_NEEDS_IMATRIX in text,
     )
+
+
+def _fallbacks(text: str) -> tuple[Fallback, ...]:
+    counted = Counter((wanted.upper(), given.upper()) for wanted, given in _FALLBACK.findall(text))
+    return tuple(Fallback(wanted, given, count) for (wanted, given), count in counted.most_common())
 
 
 def _written(header: Header, type_name: str, tensors: tuple[Tensor, ...]) -> Header:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyllamarun import shell
 from pyllamarun.errors import UsageError
 from pyllamarun.models import stores
 from pyllamarun.models.gguf import Header, read_header
+from pyllamarun.models.names import part_names
+from pyllamarun.paths import expanded
 
 if TYPE_CHECKING:
     from pyllamarun.models.remote import RemoteFile
@@ -56,7 +58,34 @@ class Source:
 
     @property
     def pull_command(self) -> str:
-        return shlex.join(["pyllamarun", "pull", self.name])
+        return shell.join(["pyllamarun", "pull", self.name])
+
+
+def stored_model(text: str) -> stores.Stored:
+    """A model on this machine as its store has it, damaged ones, too; of no store where it is a file elsewhere.
+
+    Raises UsageError and DownloadError for what is not here; no network is asked about a repository.
+    """
+    stored = stores.all_stored()
+    for one in stored:
+        if text == one.name:
+            return one
+    if text.startswith("hf:"):
+        from pyllamarun.models.network import here_source
+
+        source = here_source(text[3:])
+    else:
+        source = resolve(text)
+    if not source.is_here:
+        raise UsageError(f"{text} is not on this machine.", remedy="`pyllamarun list` shows what is.")
+    path = stores.whole(source.path)
+    for one in stored:
+        if any(path == stores.whole(part) for part in one.parts):
+            return one
+    if not stores.is_file(source.path):
+        raise UsageError(f"There is no file {source.path}.", remedy="Check the path, or see `pyllamarun list`.")
+    parts = tuple(source.path.with_name(name) for name in part_names(source.path.name))
+    return stores.Stored(stores.NONE, source.name, parts)
 
 
 def resolve(text: str) -> Source:
@@ -72,10 +101,7 @@ def resolve(text: str) -> Source:
         from pyllamarun.models.network import url_source
 
         return url_source(text)
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError:
-        raise UsageError(f"There is no home folder for {text}.", remedy="Write the whole path.") from None
+    path = expanded(text)
     if stores.is_file(path) or text.startswith(("/", "./", "../", "~")):
         return Source(str(path), path)
     found = stores.find(text)

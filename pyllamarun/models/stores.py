@@ -17,9 +17,10 @@ from pyllamarun import paths
 from pyllamarun.errors import UsageError
 from pyllamarun.models.names import is_companion, is_gguf, is_later_part, part_names, quantization
 
-OWN, HUGGING_FACE, LM_STUDIO, OLLAMA = "pyllamarun", "huggingface", "lmstudio", "ollama"
+OWN, HUGGING_FACE, LM_STUDIO, OLLAMA, NONE = "pyllamarun", "huggingface", "lmstudio", "ollama", ""
 MAX_DEPTH = 8
 MAX_MANIFEST_BYTES = 1 << 20
+NAMES = {OWN: "pyllamarun", HUGGING_FACE: "Hugging Face's cache", LM_STUDIO: "LM Studio", OLLAMA: "Ollama"}
 OLLAMA_REGISTRY, OLLAMA_NAMESPACE, OLLAMA_TAG = "registry.ollama.ai", "library", "latest"
 OLLAMA_MODEL = "application/vnd.ollama.image.model"
 
@@ -86,12 +87,24 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def whole(path: Path) -> Path:
+    """The whole path, without following links."""
+    return Path(os.path.normpath(path.absolute()))
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder that may be looked at."""
     try:
         return path.is_dir()
     except OSError:
         return False
+
+
+def is_kept_by_others(path: Path) -> bool:
+    """Whether a file lies in another program's store, which is never written to."""
+    if any(part.startswith("models--") for part in path.absolute().parts):  # in Hugging Face's cache, wherever that is
+        return True
+    return any(path.absolute().is_relative_to(one.absolute()) for one in (*lm_studio_folders(), *ollama_folders()))
 
 
 def gguf_files(folder: Path) -> Iterator[Path]:
@@ -108,6 +121,8 @@ def gguf_files(folder: Path) -> Iterator[Path]:
             return
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
+            if entry.name.startswith(".") and entry.name.endswith(".partial"):
+                continue  # of files that are being made
             if is_folder(path / entry.name):
                 yield from walk(path / entry.name, depth + 1)
             elif is_gguf(entry.name):

@@ -29,10 +29,11 @@ WORTHWHILE = 1.05
 
 def is_wanting(plan: Plan) -> bool:
     """Whether it is slower than usable, as far as that is predicted, or more than memory has."""
-    return plan.residency.verdict != RESIDENT or _pace(plan) < USABLE
+    return plan.residency.verdict != RESIDENT or pace(plan) < USABLE
 
 
-def _pace(plan: Plan) -> float:
+def pace(plan: Plan) -> float:
+    """Tokens a second, between low and high; 0 where nothing is predicted."""
     return plan.speed.generation.middle if plan.speed.generation else 0.0
 
 
@@ -91,7 +92,7 @@ def down_to_usable(types: Sequence[str], planned: Callable[[str], Row]) -> list[
     while first <= last:
         middle = (first + last) // 2
         row = rows[middle] = planned(types[middle])
-        if row.stays_in_memory and row.pace >= USABLE:
+        if row.is_usable:
             last = middle - 1
         else:
             first = middle + 1
@@ -100,17 +101,18 @@ def down_to_usable(types: Sequence[str], planned: Callable[[str], Row]) -> list[
 
 def advice_from(rows: Iterable[Row], plan: Plan | None) -> tuple[Advice, ...]:
     """The rows that are better than the plan, the best first; the type of a row is the kind of its change."""
-    better = [row for row in rows if row.fits and _is_better(row, plan)]
+    better = [row for row in rows if row.fits and is_better(row, plan)]
     better.sort(key=lambda row: (row.stays_in_memory, row.pace, row.gpu_layers / max(row.layers, 1)), reverse=True)
     return tuple(_advice(row) for row in better)
 
 
-def _is_better(row: Row, plan: Plan | None) -> bool:
+def is_better(row: Row, plan: Plan | None) -> bool:
+    """Clearly, than a plan; or where there is none, at all."""
     if plan is None:
         return True
     if row.stays_in_memory != (plan.residency.verdict == RESIDENT):
         return row.stays_in_memory
-    return row.pace > 0 and row.pace >= WORTHWHILE * _pace(plan)
+    return row.pace > 0 and row.pace >= WORTHWHILE * pace(plan)
 
 
 def _advice(row: Row) -> Advice:

@@ -175,12 +175,14 @@ def _reason(note: str, before: Choice | None, after: Choice) -> str:
     layers = ""
     if after.placement.gpu_layers != before.placement.gpu_layers:
         layers = f"{after.placement.gpu_layers} layers on the GPU in place of {before.placement.gpu_layers}, "
-    gain = before.seconds / after.seconds - 1
-    if gain >= 1:
-        how = f"{gain + 1:.1f} times as fast"
-    else:
-        how = f"{gain:.0%} faster" if gain >= 0 else f"{-gain:.0%} slower, but prompts are read in larger parts"
+    gain = before.seconds / after.seconds
+    how = faster(gain) if gain >= 1 else f"{1 - gain:.0%} slower, but prompts are read in larger parts"
     return f"{note}, as allowed: {layers}by prediction {how}."
+
+
+def faster(times: float) -> str:
+    """In words, of what is so many times as fast, at least once."""
+    return f"{times:.1f} times as fast" if times >= 2 else f"{times - 1:.0%} faster"
 
 
 def _smaller_ubatches(request: Request) -> Changes:

@@ -63,6 +63,10 @@ class Row:
         return self.plan is not None and self.plan.residency.verdict == RESIDENT
 
     @property
+    def is_usable(self) -> bool:
+        return self.stays_in_memory and self.pace >= USABLE
+
+    @property
     def pace(self) -> float:
         """Tokens a second, between low and high; 0 where it does not fit or nothing is predicted."""
         return self.generation.middle if self.generation else 0.0

@@ -21,11 +21,16 @@ OF_QUALITY = ("quants", "models")
 def describe_comparison(comparison: Comparison, commands: Sequence[str], stage: str = "") -> str:
     """The rows, what was left out, and what to type for the recommended one."""
     lines = [f"{printable(comparison.model_name)}: {printable(comparison.model)}", *([stage] if stage else []), ""]
-    lines += [_table(comparison), ""]
-    lines += [f"{row.label} does not fit: {row.reason}" for row in comparison.rows if not row.fits]
-    lines += [*_legend(comparison), *_left_out(comparison), *comparison.notes, *_sources(comparison), ""]
+    lines += [*describe_rows(comparison), ""]
     lines += _recommendation(comparison, commands)
     return "\n".join(lines)
+
+
+def describe_rows(comparison: Comparison) -> list[str]:
+    """The rows, what their marks mean, and what was left out."""
+    lines = [_table(comparison), ""]
+    lines += [f"{row.label} does not fit: {row.reason}" for row in comparison.rows if not row.fits]
+    return lines + [*_legend(comparison), *_left_out(comparison), *comparison.notes, *_sources(comparison)]
 
 
 def _table(comparison: Comparison) -> str:

@@ -14,7 +14,7 @@ from pyllamarun.planning.layout import ANY_MATRIX, BUT_ATTENTION, Layers, Layout
 from pyllamarun.planning.limits import DEVICES, Limit
 from pyllamarun.planning.placement import Placement
 from pyllamarun.planning.probe import Answer
-from pyllamarun.planning.request import THROUGHPUT, Request, fixed_value, has_option
+from pyllamarun.planning.request import SERVER, THROUGHPUT, Request, fixed_value, has_option
 from pyllamarun.planning.spill import OVERRIDES, Division, Piece, divisions, overridden
 from pyllamarun.planning.token_cost import TokenCost, use_of
 from pyllamarun.units import format_size
@@ -342,8 +342,7 @@ class _Search:
             *rpc,
             "-c",
             str(request.context_tokens),
-            "-np",
-            str(request.slots),
+            *(["-np", str(request.slots)] if request.program == SERVER else []),
             *where,
         ]
         arguments += self._overrides(left_behind, moved)

@@ -96,6 +96,24 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Requantization:
+    """What a plan's model is made of, where `--allow quant` had another type of it planned, and what that gains.
+
+    `source` is what to type for the model as it is, of type `source_type`; `command` makes the file of `file_bytes`, if
+    not `is_made`.  The plan without it has `gpu_layers_before`, None where it does not fit, and `generation_before`.
+    """
+
+    source: str
+    source_type: str
+    type: str
+    file_bytes: int
+    command: str
+    is_made: bool
+    gpu_layers_before: int | None
+    generation_before: Range | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """`division` is how the model is divided (planning/spill.py); `left_on_cpu`, what of offloaded layers stays behind;
     `moved`, what is on another GPU than its layer, by that GPU; `changes`, what was changed of the request, as allowed.
@@ -123,6 +141,7 @@ class Plan:
     changes: tuple[str, ...]
     warnings: tuple[str, ...]
     advice: tuple[Advice, ...] = ()
+    requantization: Requantization | None = None
 
     def of_model_at(self, path: Path) -> Plan:
         """The same plan of the same model in another place."""
@@ -166,7 +185,7 @@ def make_plan(
         model_name=header.name,
         architecture=printable(header.architecture),
         weights_bytes=header.weights_bytes,
-        argv=("llama-server", *placement.arguments, *more),
+        argv=(request.program, *placement.arguments, *more),
         gpu_layers=placement.gpu_layers,
         layers=answer.offloadable_layers,
         division=placement.division.name,

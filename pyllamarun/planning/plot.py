@@ -1,13 +1,14 @@
-"""Plots of plans and comparisons, as SVG or PNG; the only module that knows matplotlib, which is an extra.
+"""Plots of plans and comparisons, as SVG or PNG, with matplotlib, which is an extra.
 
 The same plans give the same bytes: neither time nor chance goes into a file.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from pyllamarun.units import GIB, format_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Panel = Callable[["Axes"], None]
 
 SUFFIXES = (".svg", ".png")
 ON_GPU, ON_CPU, BUDGET, USED, MARKED = "#2a7f62", "#c9ced6", "#b3261e", "#1f4e79", "#d98e04"
@@ -56,20 +59,24 @@ def write_plot(path: Path, comparisons: Sequence[Comparison], placed: tuple[Plan
 
     Raises UsageError where the file cannot be written.
     """
+    panels: list[Panel] = [functools.partial(draw_comparison, comparison=comparison) for comparison in comparisons]
+    if placed:
+        panels.insert(0, functools.partial(draw_layers, plan=placed[0], header=placed[1]))
+    write_panels(path, panels)
+
+
+def write_panels(path: Path, panels: Sequence[Panel]) -> None:
+    """Panels one below the other; replaces what was there.  Raises UsageError where the file cannot be written."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = len(comparisons) + (placed is not None)
     temporary = path.with_name(f".{os.getpid()}{path.suffix.lower()}")
     is_svg = path.suffix.lower() == ".svg"
     try:
         with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(PANEL_INCHES[0], PANEL_INCHES[1] * panels), layout="constrained")
-            axes = list(figure.subplots(panels, 1, squeeze=False)[:, 0])
-            if placed:
-                draw_layers(axes.pop(0), *placed)
-            for comparison, one in zip(comparisons, axes):
-                draw_comparison(one, comparison)
+            figure = Figure(figsize=(PANEL_INCHES[0], PANEL_INCHES[1] * len(panels)), layout="constrained")
+            for draw, axes in zip(panels, figure.subplots(len(panels), 1, squeeze=False)[:, 0]):
+                draw(axes)
             figure.savefig(temporary, dpi=150, metadata={"Date": None} if is_svg else {"Software": None})
         temporary.replace(path)
     except OSError as error:

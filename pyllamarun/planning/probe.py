@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+import selectors
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from pyllamarun.errors import BinaryError, UsageError
+from pyllamarun.planning.request import SERVER
+
+ABORTED = "llama.cpp aborted"  # answer_abort() in native/probe/main.cpp
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
+WAIT = "PYLLAMARUN_DRIVER_SECONDS"  # how long, in the environment
+DEVICES_SECONDS = 60.0  # a driver may take some for its first answer, as on a machine with many cards
 
 
 class Refused(UsageError):
-    """llama-server would refuse these arguments, or this model with them."""
+    """The program would refuse these arguments, or this model with them."""
 
     code = "refused"
+
+
+class Crashed(BinaryError):
+    """llama.cpp was ended by a signal of its own making as it was asked about a model; the probe is gone."""
+
+    def __init__(self, signal_number: int, why: str = "") -> None:
+        name = signal.Signals(signal_number).name
+        super().__init__("llama.cpp crashed.", why=why or f"It was ended by {name}.", remedy="Run `pyllamarun doctor`.")
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Answer:
-    """What llama-server would allocate with the arguments that were asked about.
+    """What a program would allocate with the arguments that were asked about.
 
     `scratch_source` says where `scratch` comes from: "computed" by the probe, or "rehearsed".  Of what a slot's memory
     cannot roll back, llama-server keeps up to `checkpoints` copies a slot, of up to `checkpoint_bytes` each.
@@ -115,26 +131,34 @@ class Device:
 
 
 class Probe:
-    """A running pyllamarun-probe; `process` has pipes for stdin and stdout."""
+    """A running pyllamarun-probe; `process` has pipes for stdin and stdout.
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    It is waited for `devices_seconds` to list the devices, and without end for what a model takes: a driver may hang,
+    arithmetic does not.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], devices_seconds: float = DEVICES_SECONDS) -> None:
         self._process = process
+        self._devices_seconds = devices_seconds
         self.questions = 0
 
-    def ask(self, arguments: Sequence[str]) -> Answer:
-        """Raises Refused with llama.cpp's reason, or BinaryError when the probe died."""
+    def ask(self, arguments: Sequence[str], program: str = SERVER) -> Answer:
+        """Raises Refused with llama.cpp's reason, Crashed, or BinaryError when the probe ended otherwise."""
         self.questions += 1
-        line = self._answer_to(list(arguments))
+        line = self._answer_to({"program": program, "arguments": list(arguments)})
         try:
             data = json.loads(line)
         except ValueError:
-            raise Refused("llama-server would print this and end.", why=line.strip()) from None
+            raise Refused(f"{program} would print this and end.", why=line.strip()) from None
+        if str(data.get("error", "")).startswith(ABORTED):  # its last words
+            self._process.wait()
+            raise Crashed(signal.SIGABRT, data["error"])
         return _answer(data)
 
     def devices(self) -> tuple[Device, ...]:
         """The GPUs that llama.cpp sees, as they were when the probe started; BinaryError when it cannot say."""
         names = ("name", "description", "backend", "type", "id", "free_bytes", "total_bytes")
-        entries = json.loads(self._answer_to("devices"))
+        entries = json.loads(self._answer_to("devices", self._devices_seconds))
         devices = (Device(**{name: entry[name] for name in names}) for entry in entries)
         return tuple(device for device in devices if device.type == "gpu")
 
@@ -142,22 +166,39 @@ class Probe:
         """Which cards the devices are, as native/cuda_rules/card.h describes them; before the first question."""
         self._answer_to({"cards": cards})
 
-    def _answer_to(self, question: object) -> str:
+    def _answer_to(self, question: object, seconds: float | None = None) -> str:
         assert self._process.stdin
         assert self._process.stdout
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
+            if not _is_readable(self._process.stdout, seconds):
+                raise BinaryError(
+                    f"llama.cpp did not list the GPUs within {seconds:g} seconds.",
+                    why="It waits for their driver, which hangs, or needs longer.",
+                    remedy="See whether `nvidia-smi` answers, and restart the machine if it does not.  Cards that are "
+                    f"not here need no driver: --gpu 'RTX 3060'.  {WAIT}=300 waits longer.",
+                )
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
+            status = self._process.wait()
+            if -status in CRASHES:
+                raise Crashed(-status)
             raise BinaryError(
                 "The memory probe ended without an answer.",
-                why=f"Exit status {self._process.wait()}, asked about: {question}",
+                why=f"Exit status {status}, asked about: {question}",
                 remedy="Run `pyllamarun doctor`.",
             )
         return line
+
+
+def _is_readable(stream: IO[str], seconds: float | None) -> bool:
+    """Whether it has anything to read, or has ended, within that time; nothing of it may be left in its buffer."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 def _answer(data: dict[str, object]) -> Answer:

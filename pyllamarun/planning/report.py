@@ -20,7 +20,7 @@ def describe(
     `explain` adds what the predicted speed is made of, and what else RAM may be taken for.
     """
     lines = [
-        f"{plan.model_name}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
+        f"{plan.model_name}{_type(plan)}: {plan.architecture}, {format_size(plan.weights_bytes)} of weights",
         f"{_layers(plan)}, {plan.context_tokens:,} tokens of context in {plan.slots} slot{'s' * (plan.slots != 1)}",
         *_by_gpu(plan),
         *_left_behind(plan),
@@ -42,6 +42,10 @@ def describe(
     lines += [f"warning: {warning}" for warning in plan.warnings] + [""] * bool(plan.warnings)
     lines.append(command_line)
     return "\n".join(lines)
+
+
+def _type(plan: Plan) -> str:
+    return f" in {plan.requantization.type}" if plan.requantization else ""
 
 
 def _layers(plan: Plan) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyllamarun.errors import UsageError
 from pyllamarun.machine.cards import Card
 from pyllamarun.units import MIB, format_size, parse_size
 
 DEFAULT_CONTEXT_TOKENS = 4096  # upstream's own smallest for --fit
+# Longer than any model was trained for: 10,485,760 tokens is the most yet.  For each token of a context llama.cpp holds
+# some fifty bytes besides the KV cache, and the probe fills it to see what that takes.
+MAX_CONTEXT_TOKENS = 1 << 24
 DEFAULT_BATCH_TOKENS, DEFAULT_UBATCH_TOKENS = 2048, 512  # llama.cpp's own -b and -ub
 # What a process holds on a CUDA card besides llama.cpp's buffers, as long as nobody has measured it on this machine:
 # the context with its module code (200 to 300 MiB on GeForce cards), and a scratch pool (4 to 64 MiB).
@@ -18,9 +21,13 @@ ASSUMED_CONTEXT_BYTES = 300 * MIB
 ASSUMED_POOL_BYTES = 64 * MIB
 
 RPC = ("--rpc",)
-# What the planner may change where it is allowed to: types of the KV cache, the size of ubatches, the context.
-ALLOWED = ("kv", "ub", "ctx")
+# What may be changed where that is allowed: types of the KV cache, the size of ubatches, the context; and last the
+# type of the model.
+QUANT = "quant"
+ALLOWED = ("kv", "ub", "ctx", QUANT)
 GOALS = LATENCY, THROUGHPUT = "latency", "throughput"
+# The programs that are planned for: a server, and those that read a text in chunks as long as the context.
+SERVER, PERPLEXITY, IMATRIX = "llama-server", "llama-perplexity", "llama-imatrix"
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,9 @@ class Request:
 
     `passthrough` is what the user wrote after `--`: it goes to llama.cpp as it stands, after our own arguments, and so
     wins over them.  `ram` is what the process may take of host memory, None for all that is available.  `allow` is what
-    may be changed, of ALLOWED and "slots", and `chosen` are arguments with which the planner has done so.  `rpc` are
-    addresses of RPC servers: they come first of all arguments, since others name their devices.
+    may be changed, of ALLOWED and "slots" (QUANT by plans.py, the others by choose.py), and `chosen` are arguments with
+    which the planner has done so.  `rpc` are addresses of RPC servers: they come first of all arguments, since others
+    name their devices.  `program` is which of llama.cpp's is to run: what it takes depends on that.
     """
 
     context_tokens: int
@@ -76,6 +84,7 @@ class Request:
     goal: str = LATENCY
     chosen: tuple[str, ...] = ()
     rpc: str = ""
+    program: str = SERVER
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -97,7 +106,12 @@ def make_request(
     rpc: str = "",
 ) -> Request:
     """From what a person would write: vram="11.5GiB" or "11GiB,7GiB", ram="max-4GiB", arguments=["-ctk", "q8_0"],
-    allow="kv,ub".  With the goal "throughput" and no number of slots, the planner chooses that too."""
+    allow="kv,ub,quant".  With the goal "throughput" and no number of slots, the planner chooses that too."""
+    if not 0 < context <= MAX_CONTEXT_TOKENS:
+        raise UsageError(
+            f"A context of {context:,} tokens is not planned: it is not between 1 and {MAX_CONTEXT_TOKENS:,}.",
+            remedy="Give a smaller -c; `pyllamarun inspect` says how long a context a model was trained with.",
+        )
     return Request(
         context_tokens=context,
         slots=slots or 1,
@@ -110,6 +124,14 @@ def make_request(
         goal=parse_goal(goal),
         rpc=rpc or fixed_value(arguments, *RPC) or "",
     )
+
+
+def chunks_request(
+    request: Request, program: str, chunk_tokens: int, ubatch_tokens: int = DEFAULT_UBATCH_TOKENS
+) -> Request:
+    """The same for a program that reads a text in chunks, one a batch: more at once would only take more memory."""
+    sizes = ("-b", str(chunk_tokens), "-ub", str(min(chunk_tokens, ubatch_tokens)))
+    return replace(request, program=program, context_tokens=chunk_tokens, slots=1, chosen=sizes)
 
 
 def parse_allow(text: str) -> frozenset[str]:

@@ -19,7 +19,7 @@ from pyllamarun.errors import DoesNotFit
 from pyllamarun.machine.host import Memory
 from pyllamarun.models.gguf import Header
 from pyllamarun.planning.placement import Placement
-from pyllamarun.planning.request import Budget, Request, fixed_value, has_option
+from pyllamarun.planning.request import SERVER, Budget, Request, fixed_value, has_option
 from pyllamarun.planning.token_cost import CPU
 from pyllamarun.units import MIB, format_size
 
@@ -197,6 +197,8 @@ def host_needs(
         checkpoints=answer.checkpoints,
         checkpoint_bytes=answer.checkpoint_bytes * answer.slots,
     )
+    if request.program != SERVER:  # which alone keeps earlier prompts
+        return replace(needs, prompt_cache_bytes=0), ()
     arguments: list[str] = []
     count = None if has_option(request.passthrough, *CHECKPOINTS) else checkpoints_within(needs, ram)
     if count is not None:

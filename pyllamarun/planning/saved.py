@@ -94,11 +94,11 @@ def confirm(plan: Plan, answer: Answer, devices: Sequence[Device]) -> None:
         device = present.get(planned.name)
         if device is None or device.description != planned.description:
             found = f"{device.name} is {device.description}" if device else "Devices: " + (", ".join(present) or "none")
-            raise _outdated(f"It is for {planned.name}, {planned.description}.", found)
+            raise outdated(f"It is for {planned.name}, {planned.description}.", found)
         now, then = answer.bytes(device=planned.name), _buffer_bytes(planned)
         if now != then:
             what = f"It was to take {then:,} bytes on {planned.name}, and would take {now:,}."
-            raise _outdated(what, "The model or llama.cpp is another.")
+            raise outdated(what, "The model or llama.cpp is another.")
         context_bytes = planned.overhead_bytes - planned.scratch_bytes
         free_bytes = min(device.total_bytes, device.free_bytes + context_bytes)
         if planned.total_bytes > free_bytes:
@@ -113,5 +113,6 @@ def _buffer_bytes(device: DevicePlan) -> int:
     return device.weights_bytes + device.context_bytes + device.compute_bytes + device.projector_bytes
 
 
-def _outdated(what: str, why: str) -> UsageError:
+def outdated(what: str, why: str) -> UsageError:
+    """What a plan is refused with that was right once."""
     return UsageError(f"The plan does not hold any more.  {what}", why=why, remedy="Plan again.")

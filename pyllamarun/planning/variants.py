@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pyllamarun.models.gguf import Header
 from pyllamarun.planning.limits import Limit
-from pyllamarun.planning.request import Budget, Request
+from pyllamarun.planning.request import MAX_CONTEXT_TOKENS, Budget, Request
 from pyllamarun.units import GIB, format_size
 
 SHORTEST_CONTEXT_TOKENS = 2048
@@ -37,7 +37,7 @@ class Variant:
 
 def contexts(header: Header, source: str, request: Request) -> list[Variant]:
     """Powers of two from the shortest that is of use to the longest that the model was trained with, and the own."""
-    longest = header.trained_context_tokens or UNKNOWN_CONTEXT_TOKENS
+    longest = min(header.trained_context_tokens or UNKNOWN_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS)
     wanted = {request.context_tokens, longest}
     tokens = min(SHORTEST_CONTEXT_TOKENS, request.context_tokens)
     while tokens < longest:
@@ -99,4 +99,5 @@ def slot_counts(header: Header, source: str, request: Request) -> list[Variant]:
             is_current=slots == request.slots, words=("--slots", str(slots), "-c", str(each * slots)),
         )
         for slots in sorted({*SLOTS, request.slots})
+        if slots == request.slots or each * slots <= MAX_CONTEXT_TOKENS
     ]  # fmt: skip

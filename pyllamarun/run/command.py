@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pyllamarun import shell
 from pyllamarun.planning.request import VirtualGpu
 from pyllamarun.run.binaries import VIRTUAL_GPU, Binaries
 from pyllamarun.units import MIB
@@ -47,5 +47,5 @@ def _from_here(word: str) -> str:
 
 def shell_line(argv: Sequence[str], variables: Mapping[str, str] | None = None) -> str:
     """A command line that a person can paste here, with the variables that it needs."""
-    words = [f"{name}={shlex.quote(_from_here(value))}" for name, value in (variables or {}).items()]
-    return " ".join([*words, shlex.join(map(_from_here, argv))])
+    words = [f"{name}={shell.quote(_from_here(value))}" for name, value in (variables or {}).items()]
+    return " ".join([*words, shell.join(map(_from_here, argv))])

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,18 +59,21 @@ def start(
 
 
 def stop(process: subprocess.Popen[str], seconds: float = STOP_SECONDS) -> int:
-    """Ends the whole group, politely and then not, and returns the program's exit status."""
+    """Ends the whole group, politely and then not, and returns the program's exit status.
+
+    What a hanging driver keeps in the kernel heeds not even SIGKILL; it is left behind, and nobody waits for it.
+    """
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             break
         try:
-            os.killpg(process.pid, signal_number)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal_number)
             process.wait(seconds)
-        except ProcessLookupError:
-            break
         except subprocess.TimeoutExpired:
             continue
-    return process.wait()
+    status = process.poll()
+    return -signal.SIGKILL if status is None else status
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pyllamarun.errors import UsageError
 from pyllamarun.machine.cards import Card
 from pyllamarun.machine.gpu import NVML_TIMEOUT_SECONDS, GpuSurvey, read_survey, survey_gpus
 from pyllamarun.machine.machine import Machine
-from pyllamarun.planning.probe import Device, Probe
+from pyllamarun.planning.probe import DEVICES_SECONDS, WAIT, Device, Probe
 from pyllamarun.planning.request import VirtualGpu, context_bytes
 from pyllamarun.run.binaries import HOLLOW_CPU, NVML_STANDIN, PROBE, STANDIN, Binaries
 from pyllamarun.run.command import environment, exact_mib
@@ -24,6 +24,7 @@ from pyllamarun.units import KIB, MIB
 
 STATE = "PYLLAMARUN_VIRTUAL_STATE"
 CARDS = "PYLLAMARUN_CARDS"
+MOST_SECONDS = 3600
 REAL, VIRTUAL, ON_STANDIN = "real", "virtual", "standin"
 
 _STANDIN_NAMES = ("libcudart.so.12", "libcudart.so.13", "libcublas.so.12", "libcublas.so.13", "libcublasLt.so.12",
@@ -207,7 +208,23 @@ def list_rpc_devices(binaries: Binaries, stage: Stage, servers: str) -> tuple[De
 def open_probe(binaries: Binaries, stage: Stage) -> Iterator[Probe]:
     argv, pipe = [binaries.path(PROBE)], subprocess.PIPE
     with running(argv, stage.environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
-        yield Probe(process)
+        yield Probe(process, _devices_seconds(stage.environment.get(WAIT, "")))
+
+
+def _devices_seconds(said: str) -> float:
+    """How long the driver may take to list its cards."""
+    if not said:
+        return DEVICES_SECONDS
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds <= MOST_SECONDS:
+        raise UsageError(
+            f"{WAIT} is {said!r}, and is no number of seconds up to {MOST_SECONDS}.",
+            remedy="Unset it, or set it to 120.",
+        )
+    return seconds
 
 
 def _standin_line(card: Card) -> str:

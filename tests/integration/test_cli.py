@@ -126,6 +126,9 @@ ERRORS = {
     "a missing file": (["plan", "/nonexistent.gguf"], 2, "There is no file"),
     "no GGUF": (["plan", "/etc/passwd"], 4, "is not a GGUF file"),
     "a budget below the least": (["plan", "{model}", *CARD, "--vram", "310MiB"], 3, "Even with every layer on the CPU"),
+    "a budget below the overhead": (["plan", "{model}", *CARD, "--vram", "9MiB"], 3, "and may use 9.0 MiB"),
+    "no budget at all": (["plan", "{model}", *CARD, "--vram", "0"], 3, "and may use 0 B"),
+    "a context above any": (["plan", "{model}", "-c", "2147483647"], 2, "not between 1 and 16,777,216"),
     "a budget above the card": (["plan", "{model}", *CARD, "--vram", "1GiB"], 3, "the card has 450.0 MiB"),
     "a budget for RAM above the machine": (["plan", "{model}", "--ram", "9999TiB"], 3, "this machine has"),
     "a budget for RAM that is none": (["plan", "{model}", "--ram", "8GiB,8GiB"], 2, "is no size"),
@@ -224,6 +227,26 @@ def test_missing_binaries_say_where_they_were_looked_for(smollm2: Path, tmp_path
     result = run_cli("plan", smollm2, PYLLAMARUN_BIN_DIR=str(tmp_path))
     assert result.returncode == 5
     assert f"pyllamarun-probe is missing from {tmp_path}" in result.stderr
+
+
+def test_a_driver_that_never_answers_is_given_up(smollm2: Path, binaries: Binaries, tmp_path: Path) -> None:
+    for path in binaries.folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    hanging = tmp_path / "pyllamarun-probe"
+    hanging.unlink()
+    hanging.write_text("#!/bin/sh\nexec sleep 600\n")
+    hanging.chmod(0o755)
+    variables = {"PYLLAMARUN_BIN_DIR": str(tmp_path), "PYLLAMARUN_DRIVER_SECONDS": "0.5"}
+    plan = run_cli("plan", smollm2, **variables)
+    assert (plan.returncode, plan.stdout) == (5, "")
+    assert "llama.cpp did not list the GPUs within 0.5 seconds" in plan.stderr
+    assert "`nvidia-smi`" in plan.stderr
+    assert "--gpu" in plan.stderr
+    doctor = run_cli("doctor", **variables)
+    assert (doctor.returncode, "did not list the GPUs" in doctor.stdout) == (5, True)
+    for wrong in ("soon", "-1", "nan", "inf"):
+        refused = run_cli("plan", smollm2, **variables | {"PYLLAMARUN_DRIVER_SECONDS": wrong})
+        assert (refused.returncode, "is no number of seconds" in refused.stderr) == (2, True)
 
 
 # ------------------------------------------------------------------------------------------------ doctor

@@ -61,6 +61,11 @@ def test_a_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:
             Machine.read(path)
 
 
+def test_a_file_without_end_is_left() -> None:
+    with pytest.raises(UsageError, match="is no TOML file"):
+        Machine.read("/dev/zero")
+
+
 def test_bandwidths() -> None:
     assert [parse_bandwidth(text) for text in ("51.2GB/s", "48 GiB/s", "100GBps")] == [51_200_000_000, 48 * GIB, 10**11]
     for text in ("51.2", "51.2GB", "GB/s", "0GB/s", "-1GB/s", ""):

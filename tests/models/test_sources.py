@@ -49,6 +49,11 @@ def put_cached(source: Path, file: str, *, commit: str = COMMIT, main: bool = Tr
     return link
 
 
+def snapshot(commit: str) -> Path:
+    """Where Hugging Face's cache has the repository at a commit."""
+    return Path(os.environ["HF_HOME"]) / "hub" / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots" / commit
+
+
 def put_ollama(source: Path | None, name: str, *, digest: str = "", manifest: str | None = None) -> Path:
     """A model in Ollama's store, and the path of its blob; `name` is REGISTRY/NAMESPACE/MODEL/TAG."""
     folder = Path(os.environ["OLLAMA_MODELS"])
@@ -297,7 +302,7 @@ def test_a_model_on_hugging_face_is_read_by_its_header(text: str, server: Server
     source = resolve(f"hf:{REPOSITORY}{text}")
     assert not source.is_here
     assert source.name == f"hf:{REPOSITORY}/sub/model-Q4_K_M.gguf"
-    assert source.path == paths.models_folder() / REPOSITORY / "sub/model-Q4_K_M.gguf"
+    assert source.path == snapshot(COMMIT) / "sub/model-Q4_K_M.gguf"
     header = source.read_header()
     assert (header.architecture, header.path) == ("llama", source.path)
     assert server.sent_bytes < len(remote.head) + MIB
@@ -307,7 +312,7 @@ def test_a_model_on_hugging_face_is_read_by_its_header(text: str, server: Server
 def test_a_revision_is_asked_for_and_kept_apart(server: Server, remote: RemoteContent) -> None:
     publish(server, {"m.gguf": remote}, revision="refs%2Fpr%2F1", commit=OTHER_COMMIT)
     source = resolve(f"hf:{REPOSITORY}/m.gguf@refs/pr/1")
-    assert source.path == paths.models_folder() / f"{REPOSITORY}@refs%2Fpr%2F1" / "m.gguf"
+    assert source.path == snapshot(OTHER_COMMIT) / "m.gguf"
     assert source.read_header().architecture == "llama"
 
 
@@ -500,5 +505,6 @@ def test_a_model_that_is_not_here_is_rehearsed(model: Path, server: Server) -> N
     result = run_cli("rehearse", f"hf:{REPOSITORY}", "--virtual-gpu", "1GiB", "-c", "512", "--json")
     assert result.returncode == 0, result.stdout + result.stderr
     data = json.loads(result.stdout)["data"]
-    assert (data["fits"], data["model"]) == (True, str(paths.models_folder() / REPOSITORY / "m.gguf"))
+    assert (data["fits"], data["model"]) == (True, str(snapshot(COMMIT) / "m.gguf"))
+    assert not snapshot(COMMIT).exists()
     assert not paths.models_folder().exists()

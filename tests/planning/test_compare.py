@@ -18,7 +18,7 @@ from pyllamarun.models.quality import quality
 from pyllamarun.models.types import FILE_TYPES
 from pyllamarun.planning.compare import Row, recommend, rows_of
 from pyllamarun.planning.plan import Plan
-from pyllamarun.planning.request import make_request
+from pyllamarun.planning.request import MAX_CONTEXT_TOKENS, make_request
 from pyllamarun.planning.speed import Range
 from pyllamarun.planning.variants import Variant, contexts
 from pyllamarun.units import MIB
@@ -110,6 +110,12 @@ def test_contexts_reach_from_short_to_what_was_trained(tiny: Callable[[str], Pat
     assert steps(5000) == [2048, 4096, 5000, 8192]
     assert steps(512) == [512, 1024, 2048, 4096, 8192]
     assert steps(16384) == [2048, 4096, 8192, 16384]
+
+
+def test_a_context_that_a_file_only_claims_is_not_tried(tiny: Callable[[str], Path]) -> None:
+    sound = read_header(tiny("llama"))
+    header = replace(sound, metadata={**sound.metadata, "llama.context_length": Value(UINT32, 2**32 - 1)})
+    assert max(one.request.context_tokens for one in contexts(header, "m", make_request())) == MAX_CONTEXT_TOKENS
 
 
 # -------------------------------------------------------------------------------------------- a repository's models

@@ -28,7 +28,7 @@ from pyllamarun.planning.residency import (
     ram_limit,
     warnings,
 )
-from pyllamarun.units import GIB, MIB
+from pyllamarun.units import GIB, MIB, format_size
 
 # Of a 40 GiB model 12 are on a GPU, and 28 are mapped; a token reads nearly all of those.
 NEEDS = HostNeeds(
@@ -204,6 +204,23 @@ def test_copied_weights_are_refused_where_mapped_ones_are_not(
         assert "was forced" in forced.warnings[0]
     assumed = planned(machine(12288), header_70b, replace(here, assumed=True), "-lm", "none", vram=12 * GIB)
     assert "say what the other has" in assumed.warnings[0]
+
+
+def test_memory_that_is_enough_only_with_swap_is_said(header_70b: Path, machine: Callable[..., Machine]) -> None:
+    plan = planned(machine(12288), header_70b, memory(20, swap=32), "-lm", "none", vram=12 * GIB)
+    assert plan.residency.verdict == "swapped"
+    (warning,) = plan.warnings
+    swapped = plan.residency.held_bytes - 20 * GIB
+    assert f"20.00 GiB are available: {format_size(swapped)} have to be swapped" in warning
+
+
+def test_a_container_has_no_more_than_its_limit(header_70b: Path, machine: Callable[..., Machine]) -> None:
+    inside = memory(60, swap=64, limit_bytes=16, left_bytes=15, swap_left_bytes=0)
+    plan = planned(machine(12288), header_70b, inside, vram=12 * GIB)
+    assert (plan.residency.verdict, plan.residency.limit_source) == ("reread", "cgroup")
+    assert "a cgroup leaves 15.00 GiB" in plan.warnings[0]
+    with pytest.raises(DoesNotFit, match=r"a cgroup leaves 15\.00 GiB and 0 B of swap"):
+        planned(machine(12288), header_70b, inside, "-lm", "none", vram=12 * GIB)
 
 
 def test_pages_that_may_not_be_locked_are_not_counted_as_locked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,11 @@ def test_virtual_gpus_are_the_only_cards(binaries: Binaries, monkeypatch: pytest
 
 def test_variables_stand_before_a_shown_command() -> None:
     assert shell_line(["llama-server"], {"A": "x y", "B": ""}) == "A='x y' B='' llama-server"
+
+
+def test_what_is_not_printable_is_shown_as_a_shell_takes_it() -> None:
+    words = ["plain", "a b", "it's", "\x1b[2J'\\", "caf\udce9", "\x9b\u202eä", "", "a\nb"]
+    shown = shell_line(words)
+    assert shown.isprintable()
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {shown}"], capture_output=True, check=True).stdout
+    assert said.split(b"\0")[:-1] == [os.fsencode(word) for word in words]
