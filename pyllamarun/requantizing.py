@@ -17,6 +17,7 @@ from pathlib import Path
 from pyllamarun import __version__, paths, shell
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.host import read_cpu
+from pyllamarun.models.comparisons import kept_for
 from pyllamarun.models.download import sha256_of
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
@@ -47,7 +48,7 @@ from pyllamarun.models.unfinished import remove_dead
 from pyllamarun.planner import Planner
 from pyllamarun.planning.compare import Comparison, Row, rows_of
 from pyllamarun.planning.plan import Plan
-from pyllamarun.planning.request import Request, make_request
+from pyllamarun.planning.request import IMATRIX, Request, chunks_request, make_request
 from pyllamarun.planning.variants import Variant
 from pyllamarun.run.binaries import Binaries, find_binaries
 from pyllamarun.run.command import environment
@@ -56,7 +57,6 @@ from pyllamarun.run.imatrix import (
     UBATCHES,
     compute_imatrix,
     imatrix_arguments,
-    planned_with,
 )
 from pyllamarun.run.process import output_of, running
 from pyllamarun.run.stage import ON_STANDIN
@@ -232,9 +232,23 @@ def prepare(wanted: Sequence[Order]) -> None:
         check_disk(folder, size_bytes)
 
 
-def warnings(header: Header, types: Sequence[str]) -> tuple[str, ...]:
-    """What a person should know before."""
-    return tuple(dict.fromkeys(filter(None, [*map(loss_warning, types), source_warning(header)])))
+def warnings(model: Model, types: Sequence[str]) -> tuple[str, ...]:
+    """What a person should know before, and what `compare` has measured of this model and these types."""
+    measured = [_measured_loss(model.header, name) for name in types] if model.source.is_here else []
+    said = [*map(loss_warning, types), source_warning(model.header), *measured]
+    return tuple(dict.fromkeys(filter(None, said)))
+
+
+def _measured_loss(header: Header, type_name: str) -> str:
+    kept = kept_for(header, type_name)
+    if kept is None:
+        return ""
+    loss = kept.difference
+    return (
+        f"{type_name} of this model, as `pyllamarun compare` has measured over {kept.tokens:,} tokens: "
+        f"perplexity {loss.perplexity_rise:+.1%}, give or take {loss.perplexity_rise_error:.1%}, "
+        f"KL divergence {loss.kl_divergence:.3g}."
+    )
 
 
 def what_if(
@@ -330,9 +344,9 @@ def imatrix_plan(planner: Planner, model: Model, request: Request) -> Plan:
     """Where the model goes while its importance matrix is computed, within the same budget."""
     refusals = []
     for ubatch_tokens in UBATCHES:
-        wanted = make_request(context=CHUNK_TOKENS, arguments=planned_with(ubatch_tokens))
+        wanted = replace(make_request(), budgets=request.budgets)
         try:
-            return planner.plan(model, replace(wanted, budgets=request.budgets))
+            return planner.plan(model, chunks_request(wanted, IMATRIX, CHUNK_TOKENS, ubatch_tokens))
         except DoesNotFit as error:
             refusals.append(error)
     last = refusals[-1]

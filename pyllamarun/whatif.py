@@ -26,6 +26,7 @@ from pyllamarun.planning.limits import resolve_limits
 from pyllamarun.planning.plan import Advice, Plan
 from pyllamarun.planning.request import Request
 from pyllamarun.planning.variants import Variant, budgets, contexts, slot_counts
+from pyllamarun.requantizing import Wish, target_of
 from pyllamarun.run.command import environment
 from pyllamarun.run.process import output_of, running
 from pyllamarun.units import GIB, format_size
@@ -187,21 +188,17 @@ def loses_more(header: Header, which: str) -> str:
 
 
 def quantizations(model: Model, request: Request, found: Requantizations) -> list[Variant]:
-    """The model as it is, and as it could be made."""
+    """The model as it is, and as it could be made, under the names that `pyllamarun quantize` gives to the files."""
     header, source = model.header, model.source
     as_it_is = Variant(header.file_type or "as it is", header, request, header.file_type, source.name, is_current=True)
     first = "" if source.is_here else f"{source.pull_command} && "
-    return [as_it_is] + [
-        Variant(
-            one.type,
-            one.header,
-            request,
-            one.type,
-            str(one.header.path),
-            command=first + shell.join(["pyllamarun", "quantize", source.name, one.type]),
-        )
-        for one in found.offered
-    ]
+    variants = [as_it_is]
+    for one in found.offered:
+        path = target_of(source, header, Wish(), one.type)
+        command = first + shell.join(["pyllamarun", "quantize", source.name, one.type])
+        made = replace(one.header, parts=(path,))
+        variants.append(Variant(one.type, made, request, one.type, str(path), command=command))
+    return variants
 
 
 def _published(source: Source, header: Header, request: Request) -> Variant:

@@ -130,7 +130,8 @@ def _recommended(options: PlanOptions) -> Source:
 def _here(name: str, path: Path, index: Index, wishes: Wishes, projector: Source | None) -> Got:
     """A model that is here already: sound, and what the user says that it is."""
     pulling.check_whole(path)
-    parts = read_header(path).parts
+    header = read_header(path)
+    parts = header.parts
     index.end(str(path))
     store = next((one.store for one in stores.all_stored() if path in one.parts), stores.NONE)
     sha256 = [known_sha256(part, index) for part in parts]
@@ -142,7 +143,7 @@ def _here(name: str, path: Path, index: Index, wishes: Wishes, projector: Source
                 why=f"Its sha256 is {' '.join(sha256)}.",
                 remedy=f"Remove it first: {shell.join(['pyllamarun', 'rm', str(path)])}",
             )
-    size_bytes = sum(part.stat().st_size for part in parts)
+    size_bytes = header.file_bytes
     beside = projector.path if projector else None
     return Got(name, path, parts, beside, store, True, False, size_bytes, 0, 0, tuple(sha256), None, 0.0)
 

@@ -102,7 +102,7 @@ def run(asked: Asked) -> None:
     with ExitStack() as stack:
         planner = _planner(asked, stack)
         outlook = _outlook(asked, quantizer, model, wish, request, planner)
-        warnings = requantizing.warnings(model.header, [one.type for one in outlook.made])
+        warnings = requantizing.warnings(model, [one.type for one in outlook.made])
         if not asked.as_json:
             output.print_text(describe_what_if(model.header, outlook.made, outlook.comparison, outlook.stage))
             output.print_text()

@@ -17,6 +17,7 @@ from pyllamarun.cli.options import as_json
 @as_json
 def command(models: tuple[str, ...], deep: bool, as_json: bool) -> None:
     """Checks each MODEL, or all that `pyllamarun list` shows: its header, its size against its tensors, its parts."""
+    import os
     from dataclasses import asdict
 
     from pyllamarun import output
@@ -24,16 +25,18 @@ def command(models: tuple[str, ...], deep: bool, as_json: bool) -> None:
     from pyllamarun.models.report import describe_checked
     from pyllamarun.models.sources import stored_model
     from pyllamarun.models.store import open_index
-    from pyllamarun.models.stores import all_stored
+    from pyllamarun.models.stores import all_stored, file_bytes
     from pyllamarun.models.verify import DAMAGED, verify
 
     stored = [stored_model(model) for model in models] if models else all_stored()
     checked = []
     with open_index(output.note) as index:
         for one in stored:
-            total_bytes = sum(path.stat().st_size for path in one.parts if path.is_file())
+            total_bytes = sum(map(file_bytes, one.parts))
             with output.transfer(output.printable(one.name), total_bytes) as progress:
-                checked.append(verify(one, index, deep=deep, progress=progress))
+                found = verify(one, index, deep=deep, progress=progress)
+            if models or one.problem or os.path.lexists(one.path):  # else it was removed meanwhile
+                checked.append(found)
     damaged = [one for one in checked if one.verdict == DAMAGED]
     if as_json:
         output.print_json(output.envelope("verify", {"models": [asdict(one) for one in checked]}))

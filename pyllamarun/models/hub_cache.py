@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllamarun.errors import DownloadError
-from pyllamarun.models.stores import whole
+from pyllamarun.models.stores import is_file, whole
 
 LOCK_MODE = 0o664  # WeakFileLock in huggingface_hub/utils/_fixes.py: for people who share a cache
 SNAPSHOTS, BLOBS, REFS = "snapshots", "blobs", "refs"
@@ -140,6 +140,12 @@ def unshared_blobs(folder: Path, links: Sequence[Path]) -> dict[Path, int]:
     going = {whole(link) for link in links}
     others = {blob_of(path) for path in _files(folder / SNAPSHOTS) if path not in going}
     return {blob: _own_bytes(blob) for blob in map(blob_of, links) if blob not in others}
+
+
+def unlinked(folder: Path, blobs: Sequence[Path]) -> tuple[Path, ...]:
+    """Of these blobs those that are here, and are in no snapshot."""
+    linked = {blob_of(path) for path in _files(folder / SNAPSHOTS)}
+    return tuple(blob for blob in blobs if is_file(blob) and whole(blob) not in linked)
 
 
 def remove(folder: Path, links: Sequence[Path]) -> int:

@@ -21,7 +21,7 @@ from pyllamarun.models.names import part_names
 from pyllamarun.models.remote import RemoteFile
 from pyllamarun.models.sources import Source
 from pyllamarun.models.store import Begun, Index, known_sha256, pulling
-from pyllamarun.models.stores import Stored, all_stored, is_file
+from pyllamarun.models.stores import Stored, all_stored, file_bytes, is_file
 from pyllamarun.units import MIB, format_size
 
 DISK_RESERVE_BYTES = 64 * MIB
@@ -129,7 +129,7 @@ def same_here(job: Job, index: Index) -> Stored | None:
             return one
         conflicts = any(a and b and a != b for a, b in zip(known, published))
         same_name = name is not None and one.name == f"{name.repository}/{name.file}"
-        if same_name and not conflicts and [path.stat().st_size for path in one.parts] == sizes:
+        if same_name and not conflicts and [file_bytes(path) for path in one.parts] == sizes:
             return one
     return None
 
@@ -165,7 +165,8 @@ def check_disk(job: Job, size_bytes: int, more: Sequence[tuple[Path, int]] = ())
 
 def present_bytes(targets: Sequence[Path]) -> int:
     """What is on the disk already of files that are whole or on their way."""
-    return sum(_allocated(target) or _allocated(target.with_name(target.name + PARTIAL)) for target in targets)
+    partials = (target.with_name(target.name + PARTIAL) for target in targets)
+    return sum(allocated_bytes(target) or allocated_bytes(partial) for target, partial in zip(targets, partials))
 
 
 def is_here(begun: Begun) -> bool:
@@ -178,7 +179,8 @@ def partial_files(target: Path) -> list[Path]:
     return [path for suffix in BESIDE if is_file(path := target.with_name(target.name + suffix))]
 
 
-def _allocated(path: Path) -> int:
+def allocated_bytes(path: Path) -> int:
+    """What a file that may have holes takes of the disk."""
     try:
         status = path.stat()
     except OSError:
@@ -246,7 +248,7 @@ def _fetched(
     """The file under its target's name; what is there already stays as it is."""
     remote = part.remote
     if is_file(part.target):
-        size_bytes = part.target.stat().st_size
+        size_bytes = file_bytes(part.target)
         progress(size_bytes, size_bytes)
         return PulledFile(part.path, known_sha256(part.target, index), size_bytes, 0, 0, waited=False)
     got = fetch(web, Wanted(remote.place, part.target, remote.size_bytes, remote.sha256), progress, say)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -20,13 +21,14 @@ from pyllamarun.models.provenance import Provenance, sidecar_text
 from pyllamarun.models.recipe import PLAIN, Recipe
 from pyllamarun.models.skeleton import file_bytes
 from pyllamarun.models.types import FILE_TYPES
-from pyllamarun.models.unfinished import partial_folder, publish
+from pyllamarun.models.unfinished import flush, partial_folder, publish
 from pyllamarun.units import MIB, format_size
 
 Start = Callable[[Sequence[str]], AbstractContextManager[subprocess.Popen[str]]]
 Progress = Callable[[int, int], None]
 
 DISK_RESERVE_BYTES = 64 * MIB
+FLUSH_SECONDS = 1.0
 MAX_NAME_BYTES = 255
 MAX_LINES = 4096  # of what llama-quantize says, for the reason of a failure
 LOW_QUALITY = ("Q2_K", "Q2_K_S", "IQ2", "IQ1", "TQ1", "TQ2", "Q1_0", "Q2_0")
@@ -175,7 +177,10 @@ def source_warning(source: Header) -> str:
     kind = type_of(source)
     if kind in UNQUANTIZED:
         return ""
-    return f"The source is {kind} already: quantizing it again loses more than quantizing the original F16 model would."
+    return (
+        f"The source is {kind} already: quantizing it again loses more than quantizing the original F16 model would; "
+        "`pyllamarun compare` measures by how much."
+    )
 
 
 def type_of(header: Header) -> str:
@@ -206,7 +211,7 @@ def quantize(start: Start, quantizer: Path, order: Order, progress: Progress) ->
     source, targets = order.source, order.targets
     folder = targets[0].parent
     with partial_folder(folder) as partial:
-        lines, status = _run(start, order.argv(quantizer, partial), progress)
+        lines, status = _run(start, order.argv(quantizer, partial), _flushing(partial, progress))
         if status != 0:
             raise failure(order.type, lines, status, folder)
         written = _read_back(order, partial)
@@ -230,6 +235,21 @@ def quantize(start: Start, quantizer: Path, order: Order, progress: Progress) ->
         file_bytes=written.file_bytes,
         provenance=order.provenance,
     )
+
+
+def _flushing(folder: Path, progress: Progress) -> Progress:
+    """Also has what is there so far written to the disk, now and then, so that little is left at the end."""
+    flushed = time.monotonic()
+
+    def advance(done: int, of: int) -> None:
+        nonlocal flushed
+        progress(done, of)
+        if time.monotonic() - flushed >= FLUSH_SECONDS:
+            for path in folder.iterdir():
+                flush(path)
+            flushed = time.monotonic()
+
+    return advance
 
 
 def _read_back(order: Order, partial: Path) -> Header:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from pyllamarun import paths
 from pyllamarun.errors import UsageError
 from pyllamarun.models import hub_cache, stores
-from pyllamarun.models.pulling import partial_files
+from pyllamarun.models.pulling import allocated_bytes, partial_files
 from pyllamarun.models.sources import stored_model
 from pyllamarun.models.store import Index, UnderWay, no_pulls, pulling
 from pyllamarun.models.stores import HUGGING_FACE, NAMES, OWN
@@ -41,7 +40,11 @@ def removable(text: str, index: Index) -> Removable:
     """The model that is meant.  Raises UsageError and DownloadError where there is none, or it is another program's."""
     begun = next((one for one in index.begun() if text in (one.source, one.path)), None)
     if begun and not stores.is_file(Path(begun.path)):
-        return _measured(begun.source, _store_of(Path(begun.path)), (Path(begun.path),), _partials(begun.targets))
+        path = Path(begun.path)
+        folder = hub_cache.repository_of(path)
+        came = hub_cache.unlinked(folder, begun.targets) if folder else ()
+        store = HUGGING_FACE if folder else OWN
+        return _measured(begun.source, store, (path,), (*came, *_partials(begun.targets)))
     found = stored_model(begun.path if begun else text)
     if found.store == stores.NONE:
         raise UsageError(
@@ -56,19 +59,15 @@ def removable(text: str, index: Index) -> Removable:
     return _measured(found.name, found.store, found.parts, _partials(list(dict.fromkeys(targets))))
 
 
-def _store_of(path: Path) -> str:
-    return HUGGING_FACE if hub_cache.repository_of(path) else OWN
-
-
 def _partials(targets: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(path for target in targets for path in partial_files(target))
 
 
 def _measured(name: str, store: str, files: tuple[Path, ...], partials: tuple[Path, ...]) -> Removable:
-    size_bytes = sum(path.stat().st_size for path in files if stores.is_file(path))
+    size_bytes = sum(map(stores.file_bytes, files))
     folder = hub_cache.repository_of(files[0])
     freed_bytes = sum(hub_cache.unshared_blobs(folder, files).values()) if folder else size_bytes
-    partial_bytes = sum(path.stat().st_blocks * 512 for path in partials)
+    partial_bytes = sum(map(allocated_bytes, partials))
     return Removable(name, store, files, partials, freed_bytes + partial_bytes, size_bytes - freed_bytes)
 
 
@@ -77,7 +76,7 @@ def remove(model: Removable, index: Index) -> Removable:
 
     Raises UsageError where another process gets it just now, or where it may not be written to.
     """
-    real = [os.path.realpath(path) for path in model.files]
+    real = [path.resolve() for path in model.files]
     try:
         with _alone(model):
             model = _measured(model.name, model.store, model.files, model.partials)
@@ -86,7 +85,7 @@ def remove(model: Removable, index: Index) -> Removable:
                 hub_cache.remove(folder, model.files)
             for path in (*model.partials, *(() if folder else model.files)):
                 path.unlink(missing_ok=True)
-            index.forget([*real, *map(str, model.files)])
+            index.forget([str(path) for path in (*real, *model.files) if not path.exists()])
             index.end(str(model.path))
         with no_pulls() as quiet:
             if quiet:

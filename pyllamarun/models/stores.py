@@ -87,6 +87,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def file_bytes(path: Path) -> int:
+    """A file's size; 0 where there is none, or none any more."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def whole(path: Path) -> Path:
     """The whole path, without following links."""
     return Path(os.path.normpath(path.absolute()))

@@ -103,7 +103,7 @@ def publish(folder: Path, names: Sequence[str], parent: Path) -> None:
     Raises UsageError, and leaves nothing, where one of the names was taken meanwhile.
     """
     for name in names:
-        _flush(folder / name)
+        flush(folder / name)
     given: list[Path] = []
     try:
         for name in reversed(names):
@@ -113,7 +113,7 @@ def publish(folder: Path, names: Sequence[str], parent: Path) -> None:
         for path in given:
             path.unlink(missing_ok=True)
         raise UsageError(f"{parent / name} appeared meanwhile; it was left as it is.") from None
-    _flush(parent)
+    flush(parent)
 
 
 def _give_name(file: Path, target: Path) -> None:
@@ -127,10 +127,13 @@ def _give_name(file: Path, target: Path) -> None:
         file.rename(target)
 
 
-def _flush(path: Path) -> None:
-    """Onto the disk, the names in it where it is a folder."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def flush(path: Path) -> None:
+    """Onto the disk, the names in it where it is a folder.  Raises UsageError where the disk does not take it."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written.", why=error.strerror or "", remedy="Look at the disk.") from None

@@ -10,7 +10,7 @@ from pyllamarun.errors import ModelError, UsageError
 from pyllamarun.models.download import Progress, sha256_of
 from pyllamarun.models.gguf import read_header
 from pyllamarun.models.store import Index, named_sha256
-from pyllamarun.models.stores import Stored
+from pyllamarun.models.stores import Stored, file_bytes
 from pyllamarun.output import printable
 
 # What it comes to: every checksum agrees; header, sizes and parts do, and no more was looked at; the same, and now its
@@ -38,7 +38,7 @@ class Checked:
 
 def verify(one: Stored, index: Index, *, deep: bool, progress: Progress = lambda _, __: None) -> Checked:
     """Reads a model's headers, and, if `deep`, all of it; `progress` is told the bytes that were read, of all."""
-    sizes = [_size_bytes(path) for path in one.parts]
+    sizes = list(map(file_bytes, one.parts))
     sha256: list[str] = []
     verdict, problem = SOUND, one.problem
     if not problem:
@@ -61,7 +61,7 @@ def _compare(one: Stored, index: Index, sha256: list[str], total_bytes: int, pro
     verdict, before = MATCHES, 0
     for path in one.parts:
         found = sha256_of(path, partial(_advance, progress, before, total_bytes))
-        before += _size_bytes(path)
+        before += file_bytes(path)
         sha256.append(found)
         expected, says = _expected(path, index)
         if expected and expected != found:
@@ -85,10 +85,3 @@ def _expected(path: Path, index: Index) -> tuple[str, str]:
         return named, "its store calls it by"
     record = index.file(path)
     return (record.sha256, f"on {record.recorded[:10]} there was recorded") if record else ("", "")
-
-
-def _size_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

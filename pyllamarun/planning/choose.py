@@ -1,17 +1,23 @@
-"""What the user allows the planner to change: tries it, one thing after the other, and keeps what gains clearly."""
+"""What the user allows the planner to change: tries it, one thing after the other, and keeps what gains clearly.
+
+A search takes a few questions, each of up to a second where the context is long.  So the first answer is looked at
+first: a change that cannot gain enough, however well the model were placed with it, is not searched further.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.models.gguf import Header
+from pyllamarun.planning.bound import least_seconds
 from pyllamarun.planning.hardware import UNKNOWN, Hardware
 from pyllamarun.planning.limits import Limit
 from pyllamarun.planning.place import Ask, place
 from pyllamarun.planning.placement import Placement
-from pyllamarun.planning.probe import Refused
+from pyllamarun.planning.probe import Answer, Refused
 from pyllamarun.planning.request import (
     DEFAULT_BATCH_TOKENS,
     DEFAULT_UBATCH_TOKENS,
@@ -48,11 +54,12 @@ class Choice:
     @property
     def seconds(self) -> float:
         """What is to be least: of a token in one slot, or of each token where all slots generate together."""
-        slots = self.request.slots if self.request.goal == THROUGHPUT else 1
+        slots = _together(self.request)
         return self.placement.cost(self.header, self.hardware, use_of(self.request, slots)).seconds / slots
 
 
-Try = Callable[[Request], "Choice | None"]
+# A request, and the seconds that it has to stay below to be of any use; None where it does not, or does not fit.
+Try = Callable[[Request, float], "Choice | None"]
 Changes = Iterator[tuple[Request, str]]
 
 
@@ -68,8 +75,14 @@ def choose(
         assert refusal
         raise refusal
 
-    def attempt(changed: Request) -> Choice | None:
-        return _attempt(header, changed, limits, ask, hardware)[0]
+    def attempt(changed: Request, below: float) -> Choice | None:
+        try:
+            found = _attempt(header, changed, limits, _asking(header, changed, limits, ask, hardware, below), hardware)[
+                0
+            ]
+        except _NotWorthwhile:
+            return None
+        return found if found and found.seconds < below else None
 
     best = as_asked
     for axis, changes in AXES:
@@ -90,6 +103,33 @@ def _attempt(
         return None, error
 
 
+class _NotWorthwhile(Exception):
+    """Whatever the search finds, it does not gain enough."""
+
+
+def _asking(
+    header: Header, request: Request, limits: tuple[Limit, ...], ask: Ask, hardware: Hardware, below: float
+) -> Ask:
+    """Asks, and raises _NotWorthwhile after an answer by which no placement stays below."""
+    if below == math.inf or request.force:  # what is forced need not stay within the limits
+        return ask
+    slots, answers = _together(request), 0
+
+    def asking(arguments: Sequence[str]) -> Answer:
+        nonlocal answers
+        answer, answers = ask(arguments), answers + 1
+        if answers == 1 and least_seconds(header, answer, limits, hardware, use_of(request, slots)) >= below * slots:
+            raise _NotWorthwhile
+        return answer
+
+    return asking
+
+
+def _together(request: Request) -> int:
+    """How many slots are thought of as generating at the same time."""
+    return request.slots if request.goal == THROUGHPUT else 1
+
+
 def _along(axis: str, changes: Changes, best: Choice | None, attempt: Try) -> Choice | None:
     """Goes along an axis as long as it gains; where nothing fits yet, until something does."""
     start = best
@@ -97,10 +137,10 @@ def _along(axis: str, changes: Changes, best: Choice | None, attempt: Try) -> Ch
         if best and best.placement.is_complete and axis != "slots":
             break
         try:
-            found = attempt(changed)
+            found = attempt(changed, CLEARLY * best.seconds if best else math.inf)
         except Refused:  # llama.cpp does not know how, with this model
             break
-        if found is None or (best and found.seconds >= CLEARLY * best.seconds):
+        if found is None:
             if best:
                 break
             continue
@@ -120,8 +160,8 @@ def _with_larger_ubatch(best: Choice, attempt: Try) -> Choice:
     while too_much - fits > UBATCH_STEP_TOKENS:
         middle = (fits + too_much) // 2 // UBATCH_STEP_TOKENS * UBATCH_STEP_TOKENS
         tokens = min(2 * fits, most) if too_much > most else max(middle, fits + UBATCH_STEP_TOKENS)
-        larger = attempt(_with_ubatch(request, tokens))
-        if larger and larger.seconds < HARDLY * best.seconds:
+        larger = attempt(_with_ubatch(request, tokens), HARDLY * best.seconds)
+        if larger:
             note = _reason(_ubatch_note(tokens), best, larger)
             found, fits = replace(larger, notes=(*best.notes, note)), tokens
         else:

@@ -22,6 +22,7 @@ from pyllamarun.units import format_size
 GPU_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
 # How the user divides layers among GPUs: then that is left to llama.cpp and them.
 SPLITS = ("-ts", "--tensor-split", "-sm", "--split-mode", "-mg", "--main-gpu")
+CACHE_ON_CPU = ("-nkvo", "--no-kv-offload")
 MAX_ATTEMPTS = 5
 MAX_SPLITS = 3
 UNDIVIDED = Division("layers", 0, 0)
@@ -148,10 +149,8 @@ class _Search:
         """The one that costs least a token of those that fit; a tiny model may be faster without any GPU."""
         chosen: Placement | None = None
         for division in divisions(self._request.passthrough, nothing.answer):
-            if chosen:
-                may_gain = division.name == "feed_forward" and self._cost(chosen).has_much_attention_on_cpu
-                if not may_gain:
-                    break  # experts' divisions come in the order of their merit
+            if chosen and not (division.name == "feed_forward" and self._cost(chosen).has_much_attention_on_cpu):
+                break  # experts' divisions come in the order of their merit
             found = self._filled(division, nothing)
             if found and (chosen is None or self._cost(found).is_clearly_below(self._cost(chosen))):
                 chosen = found
@@ -220,6 +219,8 @@ class _Search:
             packing = room.whole(step)
             if best and packing.overflow_bytes > self._compute_bytes(best):
                 break
+            if sum(room.sizes(step)) > sum(limit.limit_bytes for limit in self.gpus.limits):
+                break  # with no more than tensors and KV cache, which at long context alone may be too much
             like = self._at(self.gpus, division, Layout(step, packing.split))
             again = self._room(self.gpus, division, like).whole(step)
             if not like.fits and again.overflow_bytes <= 0 and again.split != packing.split:
@@ -308,9 +309,10 @@ class _Search:
         )
 
     def _context(self, placement: Placement) -> list[float]:
-        """Each layer's part of the KV cache, as if all layers had the same."""
-        answer = placement.answer
-        return [answer.bytes(use="context") / answer.layers] * answer.layers + [0.0] * (answer.nextn_layers + 1)
+        """Each layer's part of the KV cache that goes where the layer is, as if all layers had the same."""
+        answer, stays = placement.answer, has_option(self._request.passthrough, *CACHE_ON_CPU)
+        share = 0.0 if stays else answer.bytes(use="context") / answer.layers
+        return [share] * answer.layers + [0.0] * (answer.nextn_layers + 1)
 
     def _model(self, placement: Placement) -> Layers:
         if self._layers is None:

@@ -130,7 +130,7 @@ def token_cost(
     """`device_of` names the GPU that a tensor is on, or None for the CPU."""
     terms = [
         *_weights(header, answer, device_of, hardware, use),
-        *_caches(header, answer, hardware, use),
+        *cache_terms(header, answer, hardware, use),
         *_steps(answer, hardware),
     ]
     return TokenCost(tuple(term for term in terms if term.seconds > 0))
@@ -225,7 +225,7 @@ def gpu_product_rate(gpu: GpuRates) -> float:
     return MULTIPROCESSOR_OPERATIONS[max(known, default=6.0)] * gpu.multiprocessors
 
 
-def _caches(header: Header, answer: Answer, hardware: Hardware, use: Use) -> Iterator[Term]:
+def cache_terms(header: Header, answer: Answer, hardware: Hardware, use: Use) -> Iterator[Term]:
     """Keys and values as far as they are filled; on the CPU, looking at them for each query head takes longer."""
     sizes: dict[str, int] = {}
     for buffer in answer.buffers:

@@ -69,9 +69,13 @@ def verdict(name: str, difference: Difference) -> str:
     else:
         perplexity = f"the perplexity differs by no more than chance: {rise}"
     if difference.kl_divergence < 2 * difference.kl_divergence_error or difference.kl_divergence <= 0:
-        return f"{name} predicts the same: a KL divergence of {difference.kl_divergence:.6f}; {perplexity}."
+        return f"{name} predicts the same: a KL divergence of {_nats(difference.kl_divergence)}; {perplexity}."
     like = "" if difference.like == "F16" else f", about what {difference.like} costs Llama 3 8B"
-    return f"{name}: {difference.loss}{like} (KL divergence {difference.kl_divergence:.4f}); {perplexity}."
+    return f"{name}: {difference.loss}{like} (KL divergence {_nats(difference.kl_divergence)}); {perplexity}."
+
+
+def _nats(value: float) -> str:
+    return f"{round(value, 5) + 0.0:.5f}"  # without a minus before nothing
 
 
 def limits_of(text_is_shipped: bool, tokens: int, chunk_tokens: int, reference: Perplexity) -> tuple[str, ...]:
@@ -124,6 +128,6 @@ def _difference_cells(difference: Difference | None) -> list[str]:
         return ["", "", ""]
     return [
         f"{difference.perplexity_rise:+.1%} ± {difference.perplexity_rise_error:.1%}",
-        f"{difference.kl_divergence:.4f} ± {difference.kl_divergence_error:.4f}",
+        f"{_nats(difference.kl_divergence)} ± {_nats(difference.kl_divergence_error)}",
         f"{difference.same_top:.1%}",
     ]

@@ -51,6 +51,7 @@ def write_comparison_plot(path: Path, outcome: Outcome) -> None:
 def _draw_running(axes: Axes, values: tuple[float, ...], label: str, color: str) -> None:
     axes.plot(range(1, len(values) + 1), values, color=color, label=label)
     axes.set_xlabel("chunks")
+    axes.locator_params(axis="x", integer=True)
 
 
 def _label(one: Compared) -> str:

@@ -21,7 +21,6 @@ CHUNK_TOKENS = 512  # llama-imatrix's own default
 KEPT_EVERY_CHUNKS = 10
 NEVER = 1_000_000_000
 UBATCHES = (512, 128, 32)  # the largest with which it fits: logits of all its tokens are computed
-_NOT_FOR_IT = {"--embedding": 1, "--pooling": 2, "-np": 2, "-b": 2}
 
 # llama-imatrix's own words: tools/imatrix/imatrix.cpp.
 _TOTAL = re.compile(r"computing over (\d+) chunks")
@@ -32,31 +31,9 @@ _TOO_SHORT = "tokenizes to only"
 Progress = Callable[[int, int], None]
 
 
-def planned_with(ubatch_tokens: int) -> tuple[str, ...]:
-    """Arguments of llama-server with which it takes as much on a GPU as llama-imatrix.
-
-    That computes the logits of all tokens of a ubatch, which llama-server does where embeddings are asked for.
-    """
-    return "-b", str(ubatch_tokens), "-ub", str(ubatch_tokens), "--embedding", "--pooling", "none"
-
-
 def imatrix_arguments(planned: Sequence[str], text: Path, threads: int | None = None) -> list[str]:
     """llama-imatrix's arguments, from those that were planned.  It takes the physical cores where it is not told."""
-    words, kept = list(planned), list[str]()
-    while words:
-        count = _NOT_FOR_IT.get(words[0], 0)
-        kept += [] if count else words[:1]
-        del words[: count or 1]
-    return [
-        *kept,
-        "-b",
-        str(CHUNK_TOKENS),
-        "-f",
-        str(text),
-        "--output-frequency",
-        str(NEVER),
-        *(["-t", str(threads)] if threads else []),
-    ]
+    return [*planned, "-f", str(text), "--output-frequency", str(NEVER), *(["-t", str(threads)] if threads else [])]
 
 
 def compute_imatrix(

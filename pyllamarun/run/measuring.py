@@ -86,7 +86,9 @@ class Measurement:
         text.write_bytes(self._parts[number])
         check = self._checking(number, reference.header)
         measured = read_reference(self._start, reference.argv, text, logits, left, check)
+        self._know(number, measured.chunks)
         self._shelf.keep_reference_part(number, measured)
+        self._has_measured(measured.chunks)
         return measured
 
     def _other_part(self, number: int, other: Reader) -> OtherPart:
@@ -96,6 +98,7 @@ class Measurement:
             return kept
         measured = read_other(self._start, other.argv, self._shelf.logits(number), self._counting)
         self._shelf.keep_other_part(other.header, number, measured)
+        self._has_measured(measured.chunks)
         return measured
 
     def _checking(self, number: int, header: Header) -> Callable[[int, int], None]:
@@ -117,9 +120,12 @@ class Measurement:
             )
 
     def _counting(self, done: int, _chunks: int) -> None:
-        if done:
-            self._fresh += 1
-            self._advance(1)
+        self._progress(self._done + done, self._total())
+
+    def _has_measured(self, chunks: int) -> None:
+        """As the result says it: of the lines that were counted meanwhile, the last may be missing."""
+        self._fresh += chunks
+        self._advance(chunks)
 
     def _advance(self, chunks: int) -> None:
         self._done += chunks

@@ -118,7 +118,8 @@ def test_a_files_name_cannot_drive_the_terminal(name: bytes, tiny: Callable[[str
     for argv in ([*argv_of("plan", path), "--dry-run"], argv_of("quantize", path)):
         shown = run_cli(*argv).stdout
         assert drives_no_terminal(shown)
-        said = subprocess.run(["bash", "-c", f"show() {{ printf '%s\\n' \"$@\"; }}; show {shown}"], capture_output=True)
+        command = f"show() {{ printf '%s\\n' \"$@\"; }}; show {shown.splitlines()[-1]}"
+        said = subprocess.run(["bash", "-c", command], capture_output=True)
         assert os.fsencode(path) in said.stdout
 
 

@@ -141,3 +141,13 @@ def test_the_command_for_an_importance_matrix_is_shown(model: Path, text: Path) 
     first, second = json.loads(result.stdout)["data"]["commands"]
     assert re.search("llama-imatrix$", first[0])
     assert first[first.index("-o") + 1] == second[second.index("--imatrix") + 1]
+
+
+def test_what_compare_has_measured_is_said(model: Path, text: Path, tmp_path: Path) -> None:
+    text.write_text(text.read_text()[:1_200])
+    first = run_cli("quantize", model, "Q2_K", "--no-plan")
+    assert "KL divergence" not in first.stderr
+    compared = run_cli("compare", model, tmp_path / "tiny-Q2_K.gguf", "--text", text, "--gpu", "none")
+    assert compared.returncode == 0, compared.stderr
+    again = run_cli("quantize", model, "Q2_K", "--no-plan", "--dry-run", "-o", tmp_path / "again.gguf")
+    assert "Q2_K of this model, as `pyllamarun compare` has measured" in again.stderr

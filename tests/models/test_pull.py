@@ -27,6 +27,7 @@ from remote_models import COMMIT, REPOSITORY, TYPES, content, publish, sha256, s
 
 from pyllamarun import output, paths
 from pyllamarun.models.gguf import STRING, UINT32, Value, read_header
+from pyllamarun.models.store import open_index
 from pyllamarun.units import MIB
 
 NAME = f"hf:{REPOSITORY}:Q4_0"
@@ -461,6 +462,16 @@ def test_rm_takes_away_what_came_of_a_pull_that_was_interrupted(held: Held, star
     (begun,) = done("list", "--no-plan")["begun"]
     done("rm", begun["source"], "--yes")
     assert done("list", "--no-plan")["begun"] == []
+    assert not repository().exists()
+
+
+def test_rm_finds_what_came_whole_and_was_not_linked_yet(hugging_face: Server, model: RemoteContent) -> None:
+    publish(hugging_face, {FILE: model})
+    data = done("pull", NAME)
+    Path(data["path"]).unlink()
+    with open_index() as index:
+        index.begin(Path(data["path"]), data["source"], [repository() / "blobs" / sha256(model)], model.size)
+    done("rm", data["source"], "--yes")
     assert not repository().exists()
 
 

@@ -12,10 +12,12 @@ from harness import Machine
 
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.models.gguf import read_header
+from pyllamarun.planning.bound import least_seconds
 from pyllamarun.planning.choose import Choice, choose
 from pyllamarun.planning.limits import resolve_limits
 from pyllamarun.planning.probe import Device
 from pyllamarun.planning.request import Request, make_request
+from pyllamarun.planning.token_cost import use_of
 from pyllamarun.units import GIB, MIB
 
 Choosing = Callable[..., Choice]
@@ -124,3 +126,29 @@ def test_words_that_mean_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match="no goal"):
         make_request(goal="fame")
     assert make_request(vram="1GiB").budgets[0].amount == 1024 * MIB
+
+
+SEARCHES: dict[str, tuple[str, dict[str, object]]] = {
+    "much allowed, little room": ("", {"vram": "3GiB", "allow": "kv,ctx"}),
+    "a long context": ("", {"vram": "5GiB", "context": 32768, "allow": "kv,ctx"}),
+    "experts": ("mixtral-8x7b", {"vram": "5GiB", "allow": "kv,ub"}),
+    "many slots": ("", {"vram": "4GiB", "context": 8192, "goal": "throughput"}),
+}
+
+
+@pytest.mark.parametrize(("shape", "wishes"), SEARCHES.values(), ids=SEARCHES)
+def test_what_is_not_searched_would_not_have_been_chosen(
+    shape: str, wishes: dict[str, object], choosing: Choosing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = choosing(shape, **wishes)
+    monkeypatch.setattr("pyllamarun.planning.choose.least_seconds", lambda *_: 0.0)
+    of_all = choosing(shape, **wishes)
+    assert (chosen.placement.arguments, chosen.notes) == (of_all.placement.arguments, of_all.notes)
+
+
+@pytest.mark.parametrize(("shape", "vram"), [("", "1GiB"), ("", "4GiB"), ("", "12GiB"), ("mixtral-8x7b", "5GiB")])
+def test_no_placement_costs_less_than_the_least(shape: str, vram: str, choosing: Choosing) -> None:
+    choice = choosing(shape, vram=vram)
+    placement = choice.placement
+    least = least_seconds(choice.header, placement.answer, placement.limits, choice.hardware, use_of(choice.request))
+    assert 0.7 * choice.seconds < least < choice.seconds

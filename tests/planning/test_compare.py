@@ -62,8 +62,12 @@ def test_a_requantization_is_planned_like_the_file_that_it_becomes(
     assert run_cli("quantize", model.path, "Q3_K_M", "-o", target).returncode == 0
     real = planner.plan(Model.open(target), request)
     assert row.plan is not None
-    assert row.plan.of_model_at(target) == real
-    assert row.file_bytes == target.stat().st_size
+    forecast = row.plan.of_model_at(target)
+    assert replace(forecast, residency=real.residency) == real
+    provenance_bytes = real.residency.load_low_bytes - forecast.residency.load_low_bytes
+    assert 0 <= provenance_bytes < 4096
+    assert row.file_bytes + provenance_bytes == target.stat().st_size
+    assert real.residency.mapped_bytes == forecast.residency.mapped_bytes
     sizes = [one.weights_bytes for one in comparison.rows]
     assert sizes == sorted(sizes, reverse=True)
     assert comparison.rows[0].is_current

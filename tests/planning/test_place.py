@@ -128,6 +128,23 @@ def test_a_long_context_stays_on_the_gpu(tmp_path: Path, machine: Callable[..., 
     assert [division(4096, 4), division(131072, 20)] == ["layers", "feed_forward"]
 
 
+def test_a_kv_cache_that_no_card_holds_is_not_asked_about_there(
+    header_70b: Path, machine: Callable[..., Machine]
+) -> None:
+    """It is all on the GPU where only feed-forward matrices are not."""
+    wanted = replace(request(12 * GIB), context_tokens=65536)
+    placement, questions = placed(machine(12288), header_70b, wanted, 12 * GIB)
+    assert (placement.division.name, questions) == ("layers", 3)  # no layer, as many as fit, and one more
+
+
+def test_a_kv_cache_that_is_kept_in_ram_takes_no_room_on_the_gpu(
+    header_70b: Path, machine: Callable[..., Machine]
+) -> None:
+    wanted = replace(request(12 * GIB, passthrough=["-nkvo"]), context_tokens=32768)
+    placement, _ = placed(machine(12288), header_70b, wanted, 12 * GIB)
+    assert placement.used_bytes(placement.limits[0]) >= 0.99 * 12 * GIB
+
+
 @pytest.mark.parametrize("option", [["-ot", r"blk\.0\..*=CPU"], ["-ncmoe", "1"], ["-ncffn", "1"], ["-cmoe"]], ids=str)
 def test_what_the_user_says_of_tensors_is_all_that_is_said(
     option: list[str], tiny: Callable[[str], Path], machine: Callable[..., Machine]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness import run_cli
 
-from pyllamarun import Machine, Model, Plan, Planner, plan
+from pyllamarun import Machine, Model, Plan, Planner, paths, plan
 from pyllamarun.errors import DoesNotFit
 from pyllamarun.planning.advice import LADDER
 from pyllamarun.planning.plan import Requantization
@@ -91,6 +91,13 @@ def test_a_name_that_something_else_has_is_passed_over(model: Path, tiny: Callab
     model.with_name("llama-Q2_K.gguf").touch()
     assert planned(model, "5MB/s").requantization is None
     assert "no smaller type of this model is clearly better" in planned(model, "5MB/s").warnings[-1]
+
+
+def test_it_is_never_to_be_written_into_another_program_s_store(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "hub/models--owner--repo/snapshots/0/llama.gguf"
+    kept.parent.mkdir(parents=True)
+    model.rename(kept)
+    assert planned(kept).argv[2] == str(paths.models_folder() / "llama-Q2_K.gguf")
 
 
 def test_it_is_made_by_what_the_refusal_says_and_then_used(smollm2: Path, tmp_path: Path) -> None:
