@@ -17,7 +17,7 @@ from pathlib import Path
 from pyllamarun import __version__, paths, shell
 from pyllamarun.errors import DoesNotFit, UsageError
 from pyllamarun.machine.host import read_cpu
-from pyllamarun.models.comparisons import kept_for
+from pyllamarun.models.comparisons import identity, kept_for
 from pyllamarun.models.download import sha256_of
 from pyllamarun.models.gguf import Header
 from pyllamarun.models.model import Model
@@ -64,6 +64,7 @@ from pyllamarun.run.stage import ON_STANDIN
 Show = Callable[[str], None]
 Progress = Callable[[int, int], None]
 NO_PROGRESS: Progress = lambda _done, _total: None  # noqa: E731
+LONGEST_STEM = 60  # of names that another one is made of
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,11 @@ def requantize(model: Model, wish: Wish, progress: Progress = NO_PROGRESS) -> tu
     """
     quantizer = find_quantizer()
     made = forecasts(quantizer, model, wish)
+    prepare(orders(quantizer, model, wish, made))  # what takes hours is not begun in vain
     if wish.imatrix_text is not None:
         with Planner() as planner:
             wish = with_imatrix(planner, model, wish, make_request(), NO_PROGRESS)
-    wanted = orders(quantizer, model, wish, made)
+    wanted = orders(quantizer, model, wish, made, digests(model.header, compute=wish.hash_source))
     prepare(wanted)
     return tuple(quantize(quantizer.start, quantizer.program, order, progress) for order in wanted)
 
@@ -364,8 +366,12 @@ def imatrix_target(model: Model, text: Path, wish: Wish) -> Path:
         raise UsageError(f"There is no file {text}.", remedy="Give a text: --imatrix auto TEXT.")
     folder = target_of(model.source, model.header, wish, "").parent
     name = _file_name(model.source, model.header).removesuffix(".gguf")
-    content = hashlib.sha256(f"{fingerprint(model.header)} {sha256_of(text)}".encode()).hexdigest()
-    return folder / f"imatrix-{name}-{text.stem}-{content[:12]}.gguf"
+    known = identity(model.header) if model.source.is_here else fingerprint(model.header)
+    try:
+        content = hashlib.sha256(f"{known} {sha256_of(text)}".encode()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{text} cannot be read.", why=error.strerror or "", remedy="Give another text.") from None
+    return folder / f"imatrix-{name[:LONGEST_STEM]}-{text.stem[:LONGEST_STEM]}-{content[:12]}.gguf"
 
 
 def with_imatrix(planner: Planner, model: Model, wish: Wish, request: Request, progress: Progress) -> Wish:

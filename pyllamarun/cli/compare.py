@@ -17,6 +17,7 @@ from pyllamarun.cli.options import (
 )
 
 CHUNK_TOKENS = 512  # llama-perplexity's own, by which published figures are made
+LONGEST_CHUNK_TOKENS = 1 << 20
 
 
 @click.command(name="compare", cls=TakesArguments, short_help="Measure what a requantization loses.")
@@ -27,8 +28,9 @@ CHUNK_TOKENS = 512  # llama-perplexity's own, by which published figures are mad
     help="A text in UTF-8 like those that the models are for.  Default: some chapters of a novel, for a quick look.",
 )  # fmt: skip
 @click.option(
-    "-c", "--context", "chunk_tokens", metavar="TOKENS", type=click.IntRange(256), default=CHUNK_TOKENS,
-    show_default=True, help="The text is read in chunks of that length, of which the second half is predicted.",
+    "-c", "--context", "chunk_tokens", metavar="TOKENS", type=click.IntRange(256, LONGEST_CHUNK_TOKENS),
+    default=CHUNK_TOKENS, show_default=True,
+    help="The text is read in chunks of that length, of which the second half is predicted.",
 )  # fmt: skip
 @click.option("--chunks", metavar="N", type=click.IntRange(1), default=None, help="At most so many chunks of the text.")
 @click.option("--again", is_flag=True, help="Measure anew what was measured before.")

@@ -63,6 +63,8 @@ class Asked:
         )
         text = expanded(self.imatrix_text) if self.imatrix_text is not None else None
         target = expanded(self.output) if self.output is not None else None
+        if target is not None and str(self.output).endswith("/") and not target.is_dir():
+            raise UsageError(f"There is no folder {target}.", remedy=f"mkdir -p {target}")
         return Wish(self.types, target, recipe, text, self.threads, self.hash_source)
 
     @property
@@ -113,6 +115,7 @@ def run(asked: Asked) -> None:
             _print_commands(asked, quantizer, model, outlook, planner, request, facts)
             return
         wish = outlook.wish
+        requantizing.prepare(requantizing.orders(quantizer, model, wish, outlook.made))  # before what takes hours
         if wish.imatrix_text is not None and planner is not None:
             with output.progress("chunks", 0) as advance:
                 wish = requantizing.with_imatrix(planner, model, wish, request, advance)

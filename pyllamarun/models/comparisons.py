@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -176,6 +176,6 @@ def _remove_left_logits(folder: Path, but: Path) -> None:
     """Of comparisons whose process was killed."""
     for path in [*folder.glob("*/*.logits"), *folder.glob("*/*.txt")]:
         if path.parent != but:
-            with (path.parent / "lock").open("w") as lock:
+            with suppress(OSError), (path.parent / "lock").open("w") as lock:  # another user's, or gone by now
                 if _lock(lock.fileno()):
                     path.unlink(missing_ok=True)

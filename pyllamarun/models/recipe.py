@@ -77,7 +77,7 @@ def _check_pattern(pattern: str, source: Header) -> None:
     """llama-quantize would pass over a pattern in silence that no tensor has; what Python cannot read is left to it."""
     try:
         matches = re.compile(pattern.lower())
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return
     if not any(matches.search(tensor.name) for tensor in source.tensors):
         raise UsageError(

@@ -113,6 +113,10 @@ def publish(folder: Path, names: Sequence[str], parent: Path) -> None:
         for path in given:
             path.unlink(missing_ok=True)
         raise UsageError(f"{parent / name} appeared meanwhile; it was left as it is.") from None
+    except BaseException:  # also an interruption: half of a model is none
+        for path in given:
+            path.unlink(missing_ok=True)
+        raise
     flush(parent)
 
 

@@ -23,8 +23,10 @@ def check_same_vocabulary(reference: Header, other: Header) -> None:
         raise _differ(names, f"One has a tokenizer of kind {kinds[0]}, the other {kinds[1]}.")
     if tokens.raw != others.raw:
         pairs = zip(tokens.values(), others.values())
-        number, (one, two) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise _differ(names, f'Token {number} is "{one}" in one, and "{two}" in the other.')
+        for number, (one, two) in enumerate(pairs):
+            if one != two:
+                raise _differ(names, f'Token {number} is "{one}" in one, and "{two}" in the other.')
+        raise _differ(names, "Tokens that are not UTF-8 differ.")
 
 
 def _tokens(header: Header) -> Array:

@@ -68,7 +68,9 @@ def verdict(name: str, difference: Difference) -> str:
         perplexity = f"the perplexity {how}: {rise}"
     else:
         perplexity = f"the perplexity differs by no more than chance: {rise}"
-    if difference.kl_divergence < 2 * difference.kl_divergence_error or difference.kl_divergence <= 0:
+    # It is never negative, so a few tokens that one model finds very unlikely are no noise, however few they are.
+    is_noise = difference.kl_divergence < 2 * difference.kl_divergence_error and difference.like == "F16"
+    if difference.kl_divergence <= 0 or is_noise:
         return f"{name} predicts the same: a KL divergence of {_nats(difference.kl_divergence)}; {perplexity}."
     like = "" if difference.like == "F16" else f", about what {difference.like} costs Llama 3 8B"
     return f"{name}: {difference.loss}{like} (KL divergence {_nats(difference.kl_divergence)}); {perplexity}."

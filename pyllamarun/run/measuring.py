@@ -83,7 +83,10 @@ class Measurement:
             self._advance(kept.chunks)
             return kept
         self._shelf.forget_reference_part(number)  # as long as its logits are not whole
-        text.write_bytes(self._parts[number])
+        try:
+            text.write_bytes(self._parts[number])
+        except OSError as error:
+            raise UsageError(f"{text} cannot be written.", why=error.strerror or "") from None
         check = self._checking(number, reference.header)
         measured = read_reference(self._start, reference.argv, text, logits, left, check)
         self._know(number, measured.chunks)

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pyllamarun.models.divergence import Mean, nearest_step, steps, together
+from pyllamarun.errors import UsageError
+from pyllamarun.models.divergence import Difference, Mean, nearest_step, steps, together
+from pyllamarun.models.gguf import ARRAY, STRING, Array, Header, Value, read_header
 from pyllamarun.models.quality import scoreboards
+from pyllamarun.models.skeleton import write_sparse
 from pyllamarun.models.text import MOST_PARTS, Text, read_text
+from pyllamarun.models.vocabulary import check_same_vocabulary
+from pyllamarun.run.comparison import verdict
 
 
 def mean_of(values: list[float]) -> Mean:
@@ -40,6 +45,32 @@ def test_a_loss_is_named_after_the_type_that_costs_about_as_much() -> None:
     published = scoreboards()[0].without_imatrix
     rises = [published[step.type] for step in steps() if step.type in published]
     assert rises == sorted(rises), "perplexity and KL divergence agree on which type loses more"
+
+
+def lost(kl_divergence: float, error: float) -> Difference:
+    step = nearest_step(kl_divergence)
+    return Difference(0.0, 0.0, kl_divergence, error, kl_divergence, 0.0, 0.0, 1.0, step.type, step.loss, False)
+
+
+def test_only_what_is_next_to_nothing_is_called_chance() -> None:
+    assert "predicts the same" in verdict("B", lost(-1e-6, 1e-6))
+    assert "predicts the same" in verdict("B", lost(1e-4, 1e-4))
+    few_tokens_of_many = lost(0.064, 0.063)
+    assert few_tokens_of_many.loss in verdict("B", few_tokens_of_many)
+
+
+def test_tokens_that_differ_and_cannot_be_read_are_other_tokens(tmp_path: Path) -> None:
+    def header(token: bytes) -> Header:
+        raw = len(token).to_bytes(8, "little") + token
+        metadata = {
+            "general.architecture": Value(STRING, "llama"),
+            "tokenizer.ggml.tokens": Value(ARRAY, Array(STRING, 1, raw)),
+        }
+        return read_header(write_sparse(tmp_path / "model.gguf", metadata, []))
+
+    check_same_vocabulary(header(b"\xff"), header(b"\xff"))
+    with pytest.raises(UsageError, match="other vocabularies"):
+        check_same_vocabulary(header(b"\xff"), header(b"\xfe"))
 
 
 @pytest.mark.parametrize(("size", "parts"), [(1_000, 1), (70_000, 2), (5_000_000, MOST_PARTS)])

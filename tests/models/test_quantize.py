@@ -237,6 +237,7 @@ def test_several_types_in_one_call(model: Path, tmp_path: Path) -> None:
         (("~nosuchuser/model.gguf", "Q3_K_M"), "no home folder"),
         (("MODEL", "Q3_K_M", "-o", "~nosuchuser/out.gguf"), "no home folder"),
         (("MODEL", "Q3_K_M", "-o", "/nonexistent/out.gguf"), "There is no folder"),
+        (("MODEL", "Q3_K_M", "-o", "nowhere/"), "There is no folder"),
         (("MODEL", "Q3_K_M", "Q2_K", "-o", "one.gguf"), "is no folder"),
         (("MODEL",), "Neither a type nor --fit"),
         (("MODEL", "Q3_K_M", "--fit", "1GiB"), "exclude each other"),
