@@ -224,7 +224,13 @@ def test_a_body_that_is_longer_than_announced_harms_nothing(server: Server, mode
         body = model.read(start, end) + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
         handler.answer(206, body, Content_Length=end - start, Content_Range=bounds, ETag=model.etag)
 
-    assert read(server.at(FILE, long, serve(model))).vocabulary_size == 20_000
+    tokens, told = 0, ""
+    try:
+        tokens = read(server.at(FILE, long, serve(model))).vocabulary_size
+    except DownloadError as error:
+        told = error.what
+    # What comes after it may come so late that it begins the next answer, which is told.
+    assert tokens == 20_000 or "changed while it was read" in told
 
 
 def test_a_body_without_a_length_may_be_too_long(server: Server, model: RemoteContent) -> None:
