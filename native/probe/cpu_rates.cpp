@@ -86,7 +86,8 @@ class Ring {
     size_t size_, position_ = 0;
 };
 
-// Pages as those of a mapped file are, which is where weights lie as a rule: 4 KiB each.
+// Pages that lie together, as those of a file that the kernel has read from disk in large folios: with single pages of
+// 4 KiB, scattered over a memory that is mostly page cache, F16 reads a quarter slower than such a file.
 struct Pages {
     uint8_t * data;
     size_t size;
@@ -96,7 +97,7 @@ struct Pages {
         if (memory == MAP_FAILED) {
             throw std::runtime_error("there is no memory to measure with");
         }
-        madvise(memory, size, MADV_NOHUGEPAGE);
+        madvise(memory, size, MADV_HUGEPAGE);
         data = static_cast<uint8_t *>(memory);
     }
     ~Pages() { munmap(data, size); }
