@@ -81,6 +81,11 @@ class Wish:
     threads: int | None = None
     hash_source: bool = False
 
+    @property
+    def takes_long_before(self) -> bool:
+        """Whether what comes before the first file takes so long that the disk is asked before that too."""
+        return self.imatrix_text is not None or self.hash_source
+
 
 @dataclass(frozen=True)
 class Quantizer:
@@ -119,7 +124,8 @@ def requantize(model: Model, wish: Wish, progress: Progress = NO_PROGRESS) -> tu
     """
     quantizer = find_quantizer()
     made = forecasts(quantizer, model, wish)
-    prepare(orders(quantizer, model, wish, made))  # what takes hours is not begun in vain
+    if wish.takes_long_before:
+        prepare(orders(quantizer, model, wish, made))
     if wish.imatrix_text is not None:
         with Planner() as planner:
             wish = with_imatrix(planner, model, wish, make_request(), NO_PROGRESS)

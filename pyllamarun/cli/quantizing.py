@@ -115,7 +115,8 @@ def run(asked: Asked) -> None:
             _print_commands(asked, quantizer, model, outlook, planner, request, facts)
             return
         wish = outlook.wish
-        requantizing.prepare(requantizing.orders(quantizer, model, wish, outlook.made))  # before what takes hours
+        if wish.takes_long_before:
+            requantizing.prepare(requantizing.orders(quantizer, model, wish, outlook.made))
         if wish.imatrix_text is not None and planner is not None:
             with output.progress("chunks", 0) as advance:
                 wish = requantizing.with_imatrix(planner, model, wish, request, advance)

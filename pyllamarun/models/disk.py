@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -29,3 +30,10 @@ def disk_error(target: Path, error: OSError) -> DownloadError:
         return DownloadError(f"{target} cannot be written.", why=why, remedy="Choose another folder.")
     why = f"{error.strerror or error}: {error.filename or target}."
     return DownloadError(f"{target} cannot be written.", why=why, remedy="Check the folder's permissions.")
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder.  Raises OSError where it cannot be made, or written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

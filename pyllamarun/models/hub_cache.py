@@ -6,7 +6,6 @@ on its way has a name of our own beside the blob, which huggingface_hub never ta
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import uuid
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllamarun.errors import DownloadError
+from pyllamarun.models.disk import make_writable
 from pyllamarun.models.stores import is_file, whole
 
 LOCK_MODE = 0o664  # WeakFileLock in huggingface_hub/utils/_fixes.py: for people who share a cache
@@ -84,9 +84,7 @@ def make_room(spot: Spot) -> None:
     """The folders of a file.  Raises DownloadError where the cache cannot be written to."""
     try:
         for folder in (spot.blob.parent, spot.link.parent, spot.lock.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not all(os.access(folder, os.W_OK) for folder in (spot.blob.parent, spot.link.parent, spot.lock.parent)):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            make_writable(folder)
     except OSError as error:
         raise DownloadError(
             f"Hugging Face's cache cannot be written to: {spot.folder.parent}.",

@@ -9,7 +9,6 @@ the names of their files.  Several processes may use it at once; one that is dam
 from __future__ import annotations
 
 import datetime
-import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +23,7 @@ from typing import Any
 
 from pyllamarun import __version__, paths
 from pyllamarun.errors import UsageError
+from pyllamarun.models.disk import make_writable
 from pyllamarun.models.stores import whole
 
 SCHEMA = 1
@@ -316,9 +316,7 @@ def no_pulls() -> Iterator[bool]:
 def _locks_folder() -> Path:
     folder = paths.state_folder() / "pulls"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        make_writable(folder)
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be written to, where one process tells another what it pulls.",
